@@ -1,0 +1,115 @@
+"""Run directory files: append-only JSON lines, mirrored to TensorBoard and, where asked for, to Weights & Biases."""
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("m3i_large", "torch", "deepspeed", "timm", "transformers", "numpy")
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Appends one JSON object as a line; non-finite numbers become null, as JSON has none."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(clean) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a JSON-lines file; a last line cut by a crash is dropped."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Metric rows by step; of rows with the same step the highest attempt counts."""
+    best: dict[int, dict[str, Any]] = {}
+    for row in read_rows(run / "metrics.jsonl"):
+        if row["step"] not in best or row["attempt"] >= best[row["step"]]["attempt"]:
+            best[row["step"]] = row
+    return [best[step] for step in sorted(best)]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file so that a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def environment(*, world: int, device: torch.device, precision: str, threads: int) -> dict[str, Any]:
+    """What env.json holds: machine, versions and the resolved values that resume reuses. No environment variables."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "versions": package_versions(),
+        "platform": platform.platform(),
+        "device": f"{device.type}: {name}",
+        "world": world,
+        "precision": precision,
+        "threads": threads,
+        "command": Path(sys.argv[0]).name,
+    }
+
+
+class MetricsWriter:
+    """Writes metrics.jsonl and events.jsonl of a run directory, and the same scalars to TensorBoard and wandb."""
+
+    def __init__(self, run: Path, *, attempt: int, tensorboard: bool = True, wandb_project: str | None = None) -> None:
+        self._run, self._attempt = run, attempt
+        self._board: Any = None
+        self._wandb: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"))
+        if wandb_project is not None:
+            import wandb
+
+            self._wandb = wandb.init(project=wandb_project, name=run.name, dir=str(run), resume="allow", id=run.name)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """One optimizer step; `step` is the step's index, floats are logged as scalars."""
+        append_row(self._run / "metrics.jsonl", {**row, "attempt": self._attempt})
+        scalars = {k: v for k, v in row.items() if isinstance(v, float) and math.isfinite(v)}
+        if self._board is not None:
+            for key, value in scalars.items():
+                self._board.add_scalar(key, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=row["step"])
+
+    def event(self, kind: str, *, step: int, **details: Any) -> None:
+        """A row of events.jsonl: start, resume, save, skip, preempt, incident or end."""
+        row = {"event": kind, "step": step, "attempt": self._attempt, "time": time.time(), **details}
+        append_row(self._run / "events.jsonl", row)
+
+    def close(self) -> None:
+        """Flushes what the mirrors still hold."""
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()

@@ -1,0 +1,75 @@
+"""The target encoder's average of the student, kept in fp32 on ZeRO-3 partitions: no gather, no communication.
+
+An average in bf16 stands still (at momentum 0.999 a step is below the rounding), so each rank keeps an fp32 shadow of
+its run of every target parameter, feeds it from the student's fp32 master weights after an applied optimizer step, and
+rounds it into the run that the target's forward pass gathers.
+"""
+
+import torch
+from m3i_kernels.ema_update import ema_update
+from torch import nn
+
+from m3i_large.parallel.engine import Engine, Slice, full_shape
+
+
+class ShardedEMA:
+    """Exponential moving average of `student` in `target`, both inside one engine's module.
+
+    Args:
+        engine: the engine whose module holds both.
+        student, target: names of the two sub-modules. Every parameter and buffer of one must exist in the other with
+            the same shape; the target must not require gradients.
+
+    Raises:
+        ValueError: names, shapes or partitions of the two differ.
+    """
+
+    def __init__(self, engine: Engine, *, student: str = "student", target: str = "target") -> None:
+        self._engine = engine
+        self._prefix = target
+        source, twin = engine.module.get_submodule(student), engine.module.get_submodule(target)
+        self._pairs = _match(dict(source.named_parameters()), dict(twin.named_parameters()))
+        self._buffers = _match(dict(source.named_buffers()), dict(twin.named_buffers()))
+        trained = [name for name, (_, parameter) in self._pairs.items() if parameter.requires_grad]
+        if trained:
+            raise ValueError(f"target parameters must not require gradients, got {trained[:3]}")
+        self._shadow = {name: engine.master(p).values.clone() for name, (p, _) in self._pairs.items()}
+        self._write()
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """target = momentum * target + (1 - momentum) * student; call it after an applied optimizer step only."""
+        for name, (parameter, twin) in self._pairs.items():
+            out = self._engine.partition_of(twin).values
+            ema_update(self._shadow[name], self._engine.master(parameter).values, momentum=momentum, out=out)
+            self._engine.release(twin)
+        for buffer, copy in self._buffers.values():
+            copy.copy_(buffer)
+
+    def state(self) -> dict[str, Slice]:
+        """Slices of the fp32 average, keyed `ema/<name in the engine's module>`."""
+        return {
+            f"ema/{self._prefix}.{name}": Slice(full_shape(twin), self._engine.master(parameter).offset, self._shadow[name])
+            for name, (parameter, twin) in self._pairs.items()
+        }
+
+    def restored(self) -> None:
+        """Takes over values written into `state()`."""
+        self._write()
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        for name, (_, twin) in self._pairs.items():
+            self._engine.write_partition(twin, self._shadow[name])
+
+
+def _match(source: dict, twin: dict) -> dict:
+    """Pairs two modules' tensors by name; positions would hide a mismatch."""
+    if source.keys() != twin.keys():
+        raise ValueError(f"student and target differ in {sorted(source.keys() ^ twin.keys())[:5]}")
+    pairs = {name: (source[name], twin[name]) for name in source}
+    for name, (a, b) in pairs.items():
+        shapes = (full_shape(a), full_shape(b)) if isinstance(a, nn.Parameter) else (tuple(a.shape), tuple(b.shape))
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"student and target differ in the shape of {name}: {shapes[0]} and {shapes[1]}")
+    return pairs
