@@ -181,7 +181,9 @@ class Checkpoint:
         """Fills a rank's slices in place; refuses a checkpoint of another model before writing anything."""
         stored = self.manifest["tensors"]
         if missing := sorted(state.keys() ^ stored.keys()):
-            raise UserError(f"checkpoint: {self.directory} is of another model: {len(missing)} tensors differ, first {missing[0]}")
+            raise UserError(
+                f"checkpoint: {self.directory} is of another model: {len(missing)} tensors differ, first {missing[0]}"
+            )
         for key, piece in state.items():
             if list(piece.shape) != stored[key]["shape"]:
                 got, need = stored[key]["shape"], list(piece.shape)

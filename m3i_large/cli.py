@@ -1,0 +1,103 @@
+"""Commands: `m3i ...` and what the launchers call. Exit status 0 success, 2 user error (one line), 1 anything else."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from m3i_large.errors import UserError
+
+app = typer.Typer(help="M3I pre-training: recipes, data, evaluation, reports.", no_args_is_help=True, add_completion=False)
+data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
+    """Runs a command; a user's mistake becomes one line on standard error and status 2, anything else status 1."""
+    try:
+        return command()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        elif os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def pretrain(arguments: list[str]) -> int:
+    """Entry of launchers/pretrain.py; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="pretrain.py", description="Pre-train one recipe under DeepSpeed ZeRO-3.")
+    parser.add_argument("--ds", type=Path, required=True, help="DeepSpeed JSON file: sharding and offload only")
+    parser.add_argument("--recipe", default="demo", help="name of a shipped recipe or a YAML file (default: demo)")
+    parser.add_argument("--out", type=Path, default=None, help="run directory (default: runs/<recipe>)")
+    parser.add_argument("--resume", default="auto", help="auto, never, or a run or checkpoint directory (default: auto)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="recipe fields to change, or scale=demo")
+    options = parser.parse_args(arguments)
+
+    def run() -> int:
+        from m3i_large.recipe import load_recipe
+
+        recipe = load_recipe(options.recipe, options.overrides)
+        if not options.ds.is_file():
+            raise UserError(f"--ds: got {options.ds}, which does not exist; needed: a DeepSpeed JSON file such as ds_configs/zero3.json")
+        # Importing the trainer takes seconds (DeepSpeed, transformers): only once the arguments make sense.
+        from m3i_large.parallel.comm import start_distributed, stop_distributed
+        from m3i_large.train import train
+
+        rank = start_distributed()
+        try:
+            outcome = train(recipe, ds=options.ds, out=options.out or Path("runs") / recipe.name, resume=options.resume, rank=rank)
+        finally:
+            stop_distributed()
+        return 0 if outcome == "finished" else 1
+
+    return guarded(run, debug=options.debug)
+
+
+@app.command("recipes")
+def recipes() -> None:
+    """Lists the shipped recipes with their headers."""
+    from m3i_large.recipe import recipe_header, recipe_names
+
+    console = Console(soft_wrap=True, highlight=False)
+    for name in recipe_names():
+        console.print(f"[bold]{name}[/bold]")
+        console.print("\n".join(f"  {line}" for line in recipe_header(name).splitlines()), markup=False)
+
+
+@data_app.command("demo")
+def data_demo(root: Annotated[Path, typer.Option(help="Directory to build.")] = Path("data/demo")) -> None:
+    """Builds the embedded data set: two drawing styles of the same things, names and categories."""
+    from m3i_large.data.demo import build_demo_data
+
+    with Progress() as bar:
+        tasks: dict[str, object] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            task = tasks.setdefault(stage, bar.add_task(stage, total=total))
+            bar.update(task, completed=done)  # type: ignore[arg-type]
+
+        build_demo_data(root, progress=show)
+
+
+def main() -> None:
+    """Entry of the `m3i` command."""
+
+    def run() -> int:
+        # standalone_mode=False hands exceptions over instead of printing them.
+        result = app(standalone_mode=False)
+        return result if isinstance(result, int) else 0
+
+    try:
+        sys.exit(guarded(run, debug="--debug" in sys.argv))
+    except typer.Abort:
+        sys.exit(1)

@@ -1,0 +1,57 @@
+"""What a person sees while a run goes on: a bar in a terminal, a line now and then in a log file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Progress of one run, silent on every rank but the first.
+
+    Args:
+        run: named in front of the lines.
+        total: steps of the whole run.
+        enabled: False on the other ranks.
+        every: steps between lines where standard output is no terminal.
+    """
+
+    def __init__(self, run: Path, *, total: int, enabled: bool, every: int) -> None:
+        self._run, self._total, self._every, self._enabled = run, total, every, enabled
+        self._console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+        )
+        self._bar = Bar(*columns, console=self._console) if enabled and self._console.is_terminal else None
+        self._task = None
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self._console.print(text, markup=False)
+
+    def update(self, step: int, row: Mapping[str, float]) -> None:
+        """Shows a finished step (0-based) and its losses."""
+        if not self._enabled:
+            return
+        names = ("loss", *sorted(k for k in row if k.startswith("loss/") and k.count("/") == 1))
+        values = " ".join(f"{name.removeprefix('loss/')} {row[name]:.3f}" for name in names)
+        if self._bar is None:
+            if (step + 1) % self._every == 0 or step + 1 == self._total:
+                self.say(f"{self._run} step {step + 1}/{self._total} {values} ({row['time/step_s']:.2f} s/step)")
+            return
+        if self._task is None:
+            self._bar.start()
+            self._task = self._bar.add_task(str(self._run), total=self._total, values="")
+        self._bar.update(self._task, completed=step + 1, values=values)
+
+    def close(self) -> None:
+        """Ends the bar, leaving its last state on the screen."""
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,143 @@
+"""The run directory: who may write into it, where to continue, and how a run ended."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from m3i_large import checkpoint
+from m3i_large.errors import UserError
+from m3i_large.metrics import read_rows, write_json
+from m3i_large.recipe import Recipe, validate
+
+Outcome = Literal["finished", "interrupted", "failed"]
+RECIPE, ENV, EXIT, EVENTS = "recipe.yaml", "env.json", "exit.json", "events.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run directory: its resolved recipe, the number of this start, and the checkpoint to continue from."""
+
+    directory: Path
+    recipe: Recipe
+    attempt: int
+    resume_from: Path | None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where this run's checkpoints lie."""
+        return self.directory / "checkpoints"
+
+    def ended(self, outcome: Outcome, *, step: int, message: str = "") -> None:
+        """Writes exit.json, which supervisors trust more than the launcher's exit status."""
+        body = {"outcome": outcome, "step": step, "attempt": self.attempt, "message": message}
+        write_json(self.directory / EXIT, body)
+
+
+def resolve_precision(choice: str, device: torch.device) -> str:
+    """`auto` becomes bf16 where the hardware computes it natively, else fp32; decided from flags, never by timing."""
+    if choice != "auto":
+        return choice
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & _cpu_flags() else "fp32"
+
+
+def _cpu_flags() -> set[str]:
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return set()
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("flags")]
+    return set(lines[0].split()) if lines else set()
+
+
+def resolve_threads(choice: int | None) -> int:
+    """CPU threads per rank: as asked, or the usable cores shared among this machine's ranks."""
+    if choice is not None:
+        return choice
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
+
+
+def read_recipe(directory: Path) -> Recipe | None:
+    """The resolved recipe of a run directory, None where it holds no run."""
+    path = directory / RECIPE
+    if not path.is_file():
+        return None
+    return validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def read_exit(directory: Path) -> dict[str, Any]:
+    """exit.json of a run directory; empty where the run has not ended or was killed."""
+    path = directory / EXIT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def resolve(recipe: Recipe, directory: Path, device: torch.device) -> Recipe:
+    """Fixes precision and threads: the run's earlier values where it has any, else this machine's."""
+    previous = read_recipe(directory)
+    precision, threads = recipe.train.precision, recipe.train.threads
+    if previous is not None:
+        precision = previous.train.precision if precision == "auto" else precision
+        threads = previous.train.threads if threads is None else threads
+    settled = {"precision": resolve_precision(precision, device), "threads": resolve_threads(threads)}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=settled)})
+
+
+def open_run(directory: Path, recipe: Recipe, *, resume: str) -> Run:
+    """Checks, without writing, that `recipe` may run in `directory`, and finds the checkpoint to continue from.
+
+    Args:
+        recipe: resolved (see `resolve`).
+        resume: `auto` (the newest checkpoint of this run, if any), `never` (a fresh directory is needed), or a
+            checkpoint or run directory to start from.
+
+    Raises:
+        UserError: the directory holds another recipe's run or other files, or the checkpoint is not there.
+    """
+    previous = read_recipe(directory)
+    if previous is None and directory.is_dir() and any(directory.iterdir()):
+        raise UserError(f"--out: {directory} holds files but no run; needed: an empty or new directory")
+    if previous is not None and previous != recipe:
+        raise UserError(f"--out: {directory} holds a run of another recipe ({_difference(previous, recipe)}); choose another --out")
+    if previous is not None and resume == "never":
+        raise UserError(f"--resume never: {directory} already holds a run; choose another --out")
+    attempt = 1 + max((row["attempt"] for row in read_rows(directory / EVENTS)), default=-1)
+    return Run(directory, recipe, attempt, _resume_point(directory, resume))
+
+
+def _resume_point(directory: Path, resume: str) -> Path | None:
+    own = checkpoint.newest(directory / "checkpoints")
+    if resume in ("auto", "never") or own is not None:
+        return own
+    path = Path(resume)
+    found = path if (path / checkpoint.MANIFEST).is_file() else checkpoint.newest(path / "checkpoints")
+    if found is None:
+        raise UserError(f"--resume: got {resume}, which holds no checkpoint; needed: auto, never, a run or a checkpoint directory")
+    return found
+
+
+def begin(run: Run, env: dict[str, Any]) -> None:
+    """Writes recipe.yaml and env.json and removes an earlier exit.json; the first rank calls it."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    (run.directory / EXIT).unlink(missing_ok=True)
+    temporary = run.directory / f".{RECIPE}.tmp"
+    temporary.write_text(run.recipe.to_yaml(), encoding="utf-8")
+    os.replace(temporary, run.directory / RECIPE)
+    write_json(run.directory / ENV, env)
+
+
+def _difference(a: Recipe, b: Recipe) -> str:
+    old, new = _flat(a.to_dict()), _flat(b.to_dict())
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    return f"{changed[0]} is {old.get(changed[0])!r} there, {new.get(changed[0])!r} here" if changed else "same values"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
+    return {prefix: value}

@@ -1,0 +1,348 @@
+"""The training loop: one recipe, one run directory, any valid number of ranks."""
+
+import resource
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3i_large import checkpoint
+from m3i_large.build import build_objective, checkpointed_blocks
+from m3i_large.data.batch import Batch
+from m3i_large.data.demo import build_demo_data
+from m3i_large.data.loader import Loader
+from m3i_large.data.mixture import Mixture
+from m3i_large.data.sources import Source, manifest_hash, open_sources
+from m3i_large.data.tokenizer import Tokenizer
+from m3i_large.errors import UserError
+from m3i_large.metrics import MetricsWriter, append_row, environment, package_versions
+from m3i_large.models import LOG_SCALE_BOUNDS
+from m3i_large.optim import build_optimizer, decays
+from m3i_large.parallel.comm import ProcessGroupCollectives, Rank, any_rank, barrier
+from m3i_large.parallel.engine import Engine, Slice, StepSizes, build_param_groups, partition, read_ds_config
+from m3i_large.parallel.remat import rematerialize
+from m3i_large.parallel.sharded_ema import ShardedEMA
+from m3i_large.pictures import write_mix_picture
+from m3i_large.progress import Progress
+from m3i_large.recipe import Recipe
+from m3i_large.run import Outcome, Run, begin, open_run, read_exit, resolve
+from m3i_large.schedule import ema_momentum, learning_rate
+
+LOG_SCALE = "text_head.log_scale"
+
+
+def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank) -> Outcome:
+    """Trains `recipe` in the run directory `out` until its last step, a stop signal or a failure.
+
+    Args:
+        ds: DeepSpeed JSON file (sharding only).
+        resume: `auto`, `never`, or a run or checkpoint directory.
+
+    Returns:
+        How the run ended; exit.json holds the same.
+
+    Raises:
+        UserError: something in the input is wrong; nothing was written then.
+    """
+    recipe = resolve(recipe, out, rank.device)
+    torch.set_num_threads(recipe.train.threads or 1)
+    run = open_run(out, recipe, resume=resume)
+    sizes = StepSizes(
+        micro_batch=recipe.train.micro_batch_at(rank.world),
+        accumulation=recipe.train.accumulation,
+        clip=recipe.optim.clip,
+        bf16=recipe.train.precision == "bf16",
+    )
+    ds_config = read_ds_config(ds, sizes, world=rank.world)
+    sources = prepare_sources(recipe, rank)
+    saved = checkpoint.Checkpoint(run.resume_from) if run.resume_from else None
+    mixture = restore_mixture(saved, sources) if saved else plan_mixture(recipe, sources)
+    check_world(mixture, rank.world)
+    steps = recipe.train.steps or mixture.steps_for_epochs(recipe.train.epochs)
+    progress = Progress(run.directory, total=steps, enabled=rank.is_first, every=recipe.train.log_every)
+    if saved and saved.step >= steps and read_exit(out).get("outcome") == "finished":
+        progress.say(f"{out} is finished: {steps} of {steps} steps; nothing to do")
+        return "finished"
+
+    engine, target = build_engine(recipe, ds_config, rank)
+    if saved:
+        restore(saved, engine, target)
+    barrier()
+    if rank.is_first:
+        begin(run, environment(world=rank.world, device=rank.device, precision=recipe.train.precision, threads=torch.get_num_threads()))
+    loop = Loop(recipe, run, engine, target, mixture, manifest_hash(sources), rank, steps, progress)
+    start = saved.step if saved else 0
+    with StopSignals() as stop, make_loader(recipe, mixture, sources, rank, start_step=start) as stream:
+        return loop.run(stream, start=start, stop=stop)
+
+
+@dataclass
+class Loop:
+    """Everything one optimizer step touches."""
+
+    recipe: Recipe
+    directory: Run
+    engine: Engine
+    target: ShardedEMA
+    mixture: Mixture
+    data_hash: str
+    rank: Rank
+    steps: int
+    progress: Progress
+    skipped: int = 0
+    skipped_steps: list[int] = field(default_factory=list)
+
+    def run(self, stream: Loader, *, start: int, stop: "StopSignals") -> Outcome:
+        """Steps from `start` to the end; saves on the way, at a stop signal and at the end."""
+        recipe, engine = self.recipe.train, self.engine
+        writer = self._writer()
+        writer and writer.event("resume" if start else "start", step=start, world=self.rank.world)
+        outcome: Outcome = "finished"
+        step = start
+        for step in range(start, self.steps):
+            began = time.perf_counter()
+            engine.set_lr(learning_rate(step, steps=self.steps, config=self.recipe.optim.lr))
+            momentum = ema_momentum(step, steps=self.steps, config=recipe.momentum_ema)
+            totals, waited = StepTotals(), 0.0
+            applied = False
+            for micro_step in range(recipe.accumulation):
+                before = time.perf_counter()
+                batch = next(stream)
+                waited += time.perf_counter() - before
+                self._record(batch, step=step, micro_step=micro_step)
+                losses = engine(batch.to(self.rank.device), signals=step % recipe.signals_every == 0)
+                engine.backward(losses["loss"])
+                applied = engine.step()
+                totals.add(losses)
+            if applied:
+                self._clamp_temperature()
+                self.target.update(momentum)
+            self._count(applied, step, writer)
+            row = totals.row(self.rank, self.mixture.source_names)
+            row |= self._timing(began, waited) | {"optim/momentum_ema": momentum, "optim/grad_norm": engine.grad_norm}
+            row |= {"optim/lr": engine.group_settings()[0]["lr"], "optim/skipped": self.skipped}
+            writer and writer.log({"step": step, "samples": (step + 1) * recipe.global_batch, **row})
+            self.progress.update(step, row)
+            stopping = any_rank(stop.requested, self.rank)
+            done = step + 1
+            if stopping or done == self.steps or done % recipe.checkpoint_every == 0:
+                self.save(done)
+                writer and writer.event("save", step=done)
+            if stopping and done < self.steps:
+                outcome = "interrupted"
+                writer and writer.event("preempt", step=done, signal=stop.name)
+                break
+        return self._end(outcome, step=step + 1, writer=writer)
+
+    def save(self, step: int) -> None:
+        """Writes the checkpoint that continues with `step`."""
+        recipe = self.recipe
+        manifest = {
+            "applied_steps": self.engine.applied_steps,
+            "skip_steps": self.skipped_steps,
+            "groups": self.engine.group_settings(),
+            "sampler": {"layout": self.mixture.to_state(), "data": self.data_hash},
+            # Every random number is drawn from keys made of this seed, so there is no generator state to keep.
+            "rng": {"seed": recipe.train.seed},
+            "recipe": recipe.to_dict(),
+            "versions": package_versions(),
+            "world": self.rank.world,
+        }
+        state = {**self.engine.state(), **self.target.state(), **buffers(self.engine, self.rank)}
+        checkpoint.save(
+            self.directory.checkpoints, step=step, state=state, manifest=manifest, rank=self.rank, keep=recipe.train.checkpoint_keep
+        )
+
+    def _writer(self) -> MetricsWriter | None:
+        if not self.rank.is_first:
+            return None
+        run = self.directory
+        return MetricsWriter(run.directory, attempt=run.attempt, wandb_project=self.recipe.train.wandb_project)
+
+    def _clamp_temperature(self) -> None:
+        if any(term.name == "text" for term in self.recipe.objective.terms):
+            self.engine.clamp(LOG_SCALE, *LOG_SCALE_BOUNDS)
+
+    def _count(self, applied: bool, step: int, writer: MetricsWriter | None) -> None:
+        """Counts steps whose gradients were not finite; the weights and the average stay as they were."""
+        if applied:
+            return
+        self.skipped += 1
+        self.skipped_steps.append(step)
+        writer and writer.event("skip", step=step)
+        row = self.recipe.train.max_skipped
+        if self.skipped_steps[-row:] == list(range(step - row + 1, step + 1)):
+            raise FloatingPointError(f"{row} steps in a row had gradients that are not finite, the last one step {step}")
+
+    def _record(self, batch: Batch, *, step: int, micro_step: int) -> None:
+        """Audit rows and pictures of what is about to be trained on."""
+        if (batch.step, batch.micro_step) != (step, micro_step):
+            raise RuntimeError(f"the loader gave step {batch.step}.{batch.micro_step}, needed {step}.{micro_step}")
+        run = self.directory
+        if self.recipe.data.audit:
+            columns = zip(batch.source_N, batch.epoch_N, batch.id_N, batch.substitute_N, strict=True)
+            samples = [[int(value) for value in row] for row in columns]
+            name = f"attempt_{run.attempt}_rank_{self.rank.rank}_of_{self.rank.world}.jsonl"
+            (run.directory / "audit").mkdir(exist_ok=True)
+            append_row(run.directory / "audit" / name, {"step": step, "micro_step": micro_step, "samples": samples})
+        every = self.recipe.train.picture_every
+        if every and step % every == 0 and micro_step == 0 and self.rank.is_first:
+            write_mix_picture(run.directory / "pictures" / f"step_{step:08d}", batch, self.recipe)
+
+    def _timing(self, began: float, waited: float) -> dict[str, float]:
+        seconds = time.perf_counter() - began
+        if self.rank.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.rank.device) / 2**30
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        rate = self.recipe.train.global_batch / seconds
+        return {"data/wait_s": waited, "time/step_s": seconds, "perf/samples_per_s": rate, "perf/mem_gib": memory}
+
+    def _end(self, outcome: Outcome, *, step: int, writer: MetricsWriter | None) -> Outcome:
+        self.progress.close()
+        if writer:
+            writer.event("end", step=step, outcome=outcome)
+            writer.close()
+            self.directory.ended(outcome, step=step)
+        barrier()
+        return outcome
+
+
+class StepTotals:
+    """Losses and signals of one step, averaged over micro-steps and ranks."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = defaultdict(list)
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Takes one micro-step's output of the objective."""
+        for key, value in losses.items():
+            self._values[key].append(value.detach().double())
+
+    def row(self, rank: Rank, sources: Iterable[str]) -> dict[str, float]:
+        """The step's metrics: scalars as means, per-source losses from their sums and counts."""
+        keys = sorted(self._values)
+        means = [torch.stack(self._values[k]).sum(0) if k.startswith("source/") else torch.stack(self._values[k]).mean(0) for k in keys]
+        flat = ProcessGroupCollectives(rank).all_reduce_sum(torch.cat([m.flatten() for m in means])).cpu()
+        row: dict[str, float] = {}
+        for key, mean, total in zip(keys, means, flat.split([m.numel() for m in means]), strict=True):
+            if not key.startswith("source/"):
+                row[key] = total.item() / rank.world
+                continue
+            for name, (loss, count) in zip(sources, total.reshape(mean.shape).tolist(), strict=True):
+                if count:
+                    row[f"loss/{key.removeprefix('source/')}/{name}"] = loss / count
+        return row
+
+
+class StopSignals:
+    """SIGTERM and SIGINT ask for a checkpoint and an orderly end; the launcher kills ranks 30 s after SIGTERM."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.name = ""
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.requested, self.name = True, signal.Signals(number).name
+
+
+def prepare_sources(recipe: Recipe, rank: Rank) -> list[Source]:
+    """Opens the recipe's sources; the first rank builds the embedded data set if the recipe uses it."""
+    root = Path(recipe.data.root)
+    if recipe.data.embedded and rank.is_first and not root.is_dir():
+        build_demo_data(root)
+    barrier()
+    return open_sources(recipe.data.sources, root)
+
+
+def plan_mixture(recipe: Recipe, sources: list[Source]) -> Mixture:
+    """The sample order of a new run, from the recipe and the data alone (never from the number of ranks)."""
+    return Mixture.plan(
+        recipe.train.seed,
+        sources=[
+            (s.name, s.num_samples, c.repeats, s.mean_bytes, c.quota) for s, c in zip(sources, recipe.data.sources, strict=True)
+        ],
+        global_batch=recipe.train.global_batch,
+        lanes=recipe.data.lanes,
+        accumulation=recipe.train.accumulation,
+    )
+
+
+def restore_mixture(saved: checkpoint.Checkpoint, sources: list[Source]) -> Mixture:
+    """The frozen sample order of a checkpoint; refuses other data."""
+    sampler = saved.manifest["sampler"]
+    if sampler["data"] != manifest_hash(sources):
+        raise UserError(f"data: the shards differ from those {saved.directory} was trained on; needed: the same data")
+    return Mixture.from_state(sampler["layout"])
+
+
+def check_world(mixture: Mixture, world: int) -> None:
+    """Refuses a number of ranks that would change a micro-step's contents."""
+    if world not in (valid := mixture.valid_world_sizes()):
+        raise UserError(f"ranks: got {world}; needed: one of {', '.join(map(str, valid))} (ranks x accumulation divides {mixture.lanes} lanes)")
+
+
+def make_loader(recipe: Recipe, mixture: Mixture, sources: list[Source], rank: Rank, *, start_step: int = 0) -> Loader:
+    """The stream of this rank's batches from `start_step` on."""
+    return Loader(
+        recipe.data,
+        mixture=mixture,
+        sources=sources,
+        tokenizer=Tokenizer(context_length=recipe.text.context_length),
+        seed=recipe.train.seed,
+        mask_cells=recipe.data.image_size // recipe.objective.mix.patch,
+        mask_ratio=recipe.objective.mix.ratio,
+        mix_block=recipe.objective.mix.block,
+        rank=rank.rank,
+        world=rank.world,
+        accumulation=recipe.train.accumulation,
+        start_step=start_step,
+    )
+
+
+def build_engine(recipe: Recipe, ds_config: dict[str, Any], rank: Rank) -> tuple[Engine, ShardedEMA]:
+    """Towers, then ZeRO-3 partitions, then the optimizer and the target's average."""
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    objective = build_objective(recipe, collectives=ProcessGroupCollectives(rank), dtype=dtype)
+    if recipe.train.activation_checkpointing:
+        rematerialize(checkpointed_blocks(objective))
+    partition(objective.to(rank.device), ds_config)
+    trained = ((n, p) for n, p in objective.named_parameters() if p.requires_grad)
+    groups = build_param_groups(trained, weight_decay=recipe.optim.weight_decay, decays=decays)
+    engine = Engine(objective, optimizer=build_optimizer(groups, recipe.optim), ds_config=ds_config, rank=rank)
+    return engine, ShardedEMA(engine)
+
+
+def buffers(engine: Engine) -> dict[str, Slice]:
+    """The module's persistent buffers, whole on every rank (the same values everywhere)."""
+    found = {}
+    for prefix, module in engine.module.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                key = f"{prefix}.{name}" if prefix else name
+                found[f"buffer/{key}"] = Slice(tuple(buffer.shape), 0, buffer.view(-1))
+    return found
+
+
+def restore(saved: checkpoint.Checkpoint, engine: Engine, target: ShardedEMA) -> None:
+    """Continues from a checkpoint of any world size."""
+    saved.restore({**engine.state(), **target.state(), **buffers(engine)})
+    engine.restored(applied_steps=int(saved.manifest["applied_steps"]))
+    target.restored()
