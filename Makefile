@@ -1,0 +1,32 @@
+# Needs Python 3.11 or newer with venv, and nothing else. `make demo` and `make test` install by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint bench clean
+
+$(STAMP): setup.py requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+## Trains the demo recipe on drawings, evaluates it on things it has never seen, writes a report.
+demo: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launchers/pretrain.py --ds ds_configs/zero3.json
+	$(BIN)/m3i demo-summary runs/demo
+
+## The tests of the README; under 15 minutes on two cores, no compiler, no GPU.
+test: $(STAMP)
+	$(BIN)/python -m pytest -q tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python kernels/bench.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info
