@@ -166,7 +166,7 @@ class Engine:
         """This rank's run of the fp32 weights that the optimizer updates."""
         from deepspeed.utils import safe_get_local_fp32_param
 
-        return self._slice(parameter, safe_get_local_fp32_param(parameter))
+        return self._slice(parameter, safe_get_local_fp32_param(parameter).detach())
 
     def state(self) -> dict[str, Slice]:
         """Slices of master weights and AdamW moments, keyed `master/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`.

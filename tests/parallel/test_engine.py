@@ -1,0 +1,232 @@
+"""The engine's local slices, the sharded average and the checkpoint format, on real ZeRO-3 over gloo."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from m3i_large import checkpoint
+from m3i_large.errors import UserError
+from m3i_large.parallel.comm import ProcessGroupCollectives, Rank, gather_objects
+from m3i_large.parallel.engine import Engine, StepSizes, build_param_groups, partition, read_ds_config
+from m3i_large.parallel.remat import rematerialize
+from m3i_large.parallel.sharded_ema import ShardedEMA
+
+MOMENTUM, LR, STEPS = 0.9, 0.05, 4
+
+
+class Tower(nn.Module):
+    """Odd sizes on purpose: no parameter divides evenly over two ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(7, 7), nn.Linear(7, 7)])
+        self.norm = nn.LayerNorm(7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.norm(x)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.student = Tower()
+        self.target = copy.deepcopy(self.student).requires_grad_(False)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            wanted = self.target(x)
+        seen = self.student(x)
+        return {"loss": (seen - wanted.detach() - 0.3).square().mean() + self.head(seen).square().mean(), "seen": wanted}
+
+
+def rows(step: int) -> torch.Tensor:
+    return torch.randn(8, 7, generator=torch.Generator().manual_seed(step))
+
+
+def ds_file(directory: Path, *, persistence: int, **more: object) -> Path:
+    path = directory / f"zero3_{persistence}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": persistence}, **more}))
+    return path
+
+
+def build(rank: Rank, path: Path, *, remat: bool = False) -> tuple[Engine, ShardedEMA]:
+    sizes = StepSizes(micro_batch=8 // rank.world, accumulation=1, clip=1.0, bf16=False)
+    config = read_ds_config(path, sizes, world=rank.world)
+    module = Pair()
+    if remat:
+        rematerialize(module.student.blocks)
+    partition(module, config)
+    trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    groups = build_param_groups(trained, weight_decay=0.1, decays=lambda name, shape: len(shape) > 1)
+    engine = Engine(module, optimizer=torch.optim.AdamW(groups, lr=LR), ds_config=config, rank=rank)
+    return engine, ShardedEMA(engine)
+
+
+def full(rank: Rank, state: dict) -> dict[str, torch.Tensor]:
+    """Whole tensors from every rank's slices."""
+    parts = gather_objects({k: (s.shape, s.offset, s.values.clone()) for k, s in state.items()}, rank)
+    whole = {}
+    for key, (shape, _, _) in parts[0].items():
+        flat = torch.full((int(torch.tensor(shape).prod()),), float("nan"))
+        for part in parts:
+            _, offset, values = part[key]
+            flat[offset : offset + len(values)] = values
+        whole[key] = flat.reshape(shape)
+    return whole
+
+
+def local_rows(rank: Rank, step: int) -> torch.Tensor:
+    return rows(step).chunk(rank.world)[rank.rank]
+
+
+def step_once(rank: Rank, engine: Engine, target: ShardedEMA, step: int, *, spoil: bool = False) -> tuple[float, bool]:
+    engine.set_lr(LR)
+    x = local_rows(rank, step)
+    out = engine(torch.full_like(x, float("nan")) if spoil else x)
+    engine.backward(out["loss"])
+    applied = engine.step()
+    if applied:
+        target.update(MOMENTUM)
+    loss = ProcessGroupCollectives(rank).all_reduce_sum(out["loss"]) / rank.world
+    return loss.item(), applied
+
+
+def train_and_save(rank: Rank, directory: Path, persistence: int, remat: bool) -> dict:
+    engine, target = build(rank, ds_file(directory, persistence=persistence), remat=remat)
+    losses = [step_once(rank, engine, target, s)[0] for s in range(STEPS)]
+    state = {**engine.state(), **target.state()}
+    manifest = {"applied_steps": engine.applied_steps}
+    checkpoint.save(directory / f"w{rank.world}", step=STEPS, state=state, manifest=manifest, rank=rank, keep=2)
+    seen = ProcessGroupCollectives(rank).all_gather(engine(local_rows(rank, 99))["seen"])
+    tensors = full(rank, state)
+    after = [step_once(rank, engine, target, s)[0] for s in range(STEPS, STEPS + 3)]
+    return {"losses": losses, "tensors": tensors, "seen": seen, "after": after, "steps": engine.applied_steps}
+
+
+def resume(rank: Rank, directory: Path, saved: Path, persistence: int) -> dict:
+    engine, target = build(rank, ds_file(directory, persistence=persistence))
+    point = checkpoint.Checkpoint(saved)
+    point.restore({**engine.state(), **target.state()})
+    engine.restored(applied_steps=point.manifest["applied_steps"])
+    target.restored()
+    seen = ProcessGroupCollectives(rank).all_gather(engine(local_rows(rank, 99))["seen"])
+    tensors = full(rank, {**engine.state(), **target.state()})
+    after = [step_once(rank, engine, target, s)[0] for s in range(STEPS, STEPS + 3)]
+    return {"seen": seen, "tensors": tensors, "after": after}
+
+
+def plain_training() -> dict:
+    """The same steps in plain torch, one process, whole tensors, a moving average over a state dict."""
+    module = Pair()
+    trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    groups = build_param_groups(trained, weight_decay=0.1, decays=lambda name, shape: len(shape) > 1)
+    optimizer = torch.optim.AdamW(groups, lr=LR)
+    average = {n: p.detach().clone() for n, p in module.student.named_parameters()}
+    losses = []
+    for step in range(STEPS):
+        loss = module(rows(step))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for _, p in trained], 1.0)
+        optimizer.step()
+        for name, parameter in module.student.named_parameters():
+            average[name] = MOMENTUM * average[name] + (1 - MOMENTUM) * parameter.detach()
+        module.target.load_state_dict(average)
+        losses.append(loss.item())
+    return {"losses": losses, "average": average, "module": module, "seen": module(rows(99))["seen"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("persistence", "remat"), [(0, True), (100_000, False)])
+def test_zero3_equals_plain_torch_and_resumes_at_other_world_sizes(tmp_path: Path, persistence: int, remat: bool) -> None:
+    expected = plain_training()
+    two = run_ranks(2, train_and_save, tmp_path, persistence, remat)
+    torch.testing.assert_close(two[0]["losses"], expected["losses"], rtol=1e-4, atol=1e-6)
+    tensors = two[0]["tensors"]
+    for name, average in expected["average"].items():
+        torch.testing.assert_close(tensors[f"ema/target.{name}"], average, rtol=1e-3, atol=1e-5)
+    for name, parameter in expected["module"].named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(tensors[f"master/{name}"], parameter.detach(), rtol=1e-3, atol=1e-5)
+    # The forward pass must see the average too, also where ZeRO-3 keeps a small parameter resident.
+    torch.testing.assert_close(two[0]["seen"], expected["seen"], rtol=1e-3, atol=1e-4)
+
+    saved = tmp_path / "w2" / f"step_{STEPS:08d}"
+    point = checkpoint.Checkpoint(saved)
+    assert point.manifest["applied_steps"] == STEPS == two[0]["steps"] - 3
+    for key, tensor in tensors.items():
+        assert torch.equal(point.read_full(key), tensor), key
+    same = run_ranks(2, resume, tmp_path, saved, persistence)
+    assert same[0]["after"] == two[0]["after"], "resuming must continue bit for bit"
+    one = run_ranks(1, resume, tmp_path, saved, persistence)[0]
+    for key, tensor in tensors.items():
+        assert torch.equal(one["tensors"][key], tensor), key
+    torch.testing.assert_close(one["seen"], two[0]["seen"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one["after"], two[0]["after"], rtol=1e-3, atol=1e-6)
+
+
+def clamp_and_skip(rank: Rank, directory: Path) -> dict:
+    engine, target = build(rank, ds_file(directory, persistence=100_000))
+    step_once(rank, engine, target, 0)
+    engine.clamp("head.bias", -0.01, 0.01)
+    clamped = full(rank, engine.state())["master/head.bias"]
+    before = full(rank, {**engine.state(), **target.state()})
+    _, applied = step_once(rank, engine, target, 1, spoil=rank.rank == 0)
+    after = full(rank, {**engine.state(), **target.state()})
+    _, recovered = step_once(rank, engine, target, 2)
+    unchanged = all(torch.equal(before[k], after[k]) for k in before)
+    return {"clamped": clamped, "applied": applied, "unchanged": unchanged, "recovered": recovered}
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_rank_changes_nothing_anywhere_and_clamping_reaches_the_master(tmp_path: Path) -> None:
+    for result in run_ranks(2, clamp_and_skip, tmp_path):
+        assert result["clamped"].abs().max() <= 0.01
+        assert (result["applied"], result["unchanged"], result["recovered"]) == (False, True, True)
+
+
+def gather_gradients(rank: Rank) -> dict:
+    collectives = ProcessGroupCollectives(rank)
+    x = torch.arange(6.0).reshape(3, 2).add(10 * rank.rank).requires_grad_()
+    weight = torch.arange(12.0).reshape(6, 2) * (rank.rank + 1)
+    (collectives.all_gather(x) * weight).sum().backward()
+    ids = collectives.all_gather(torch.tensor([rank.rank]))
+    return {"grad": x.grad, "ids": ids, "sum": collectives.all_reduce_sum(torch.tensor([1.0 + rank.rank]))}
+
+
+@pytest.mark.slow
+def test_gather_is_ordered_by_rank_and_its_gradient_sums_over_ranks() -> None:
+    results = run_ranks(2, gather_gradients)
+    total = torch.arange(12.0).reshape(6, 2) * 3
+    for i, result in enumerate(results):
+        assert torch.equal(result["grad"], total[3 * i : 3 * i + 3])
+        assert result["ids"].tolist() == [0, 1] and result["sum"].item() == 3.0
+
+
+SIZES = StepSizes(micro_batch=4, accumulation=2, clip=1.0, bf16=True)
+
+
+def test_a_configuration_that_contradicts_the_recipe_is_refused(tmp_path: Path) -> None:
+    for key, value in {"train_batch_size": 7, "gradient_clipping": 3.0, "bf16": {"enabled": False}, "optimizer": {"type": "Adam"}}.items():
+        with pytest.raises(UserError, match=key):
+            read_ds_config(ds_file(tmp_path, persistence=0, **{key: value}), SIZES, world=2)
+    config = read_ds_config(ds_file(tmp_path, persistence=0, train_batch_size=16), SIZES, world=2)
+    assert (config["train_batch_size"], config["gradient_clipping"], config["bf16"]["enabled"]) == (16, 1.0, True)
+    with pytest.raises(UserError, match=r"stage.*2"):
+        path = tmp_path / "zero2.json"
+        path.write_text('{"zero_optimization": {"stage": 2}}')
+        read_ds_config(path, SIZES, world=1)
+    with pytest.raises(UserError, match="does not exist"):
+        read_ds_config(tmp_path / "none.json", SIZES, world=1)
+    with pytest.raises(UserError, match="not valid JSON"):
+        (tmp_path / "bad.json").write_text("{")
+        read_ds_config(tmp_path / "bad.json", SIZES, world=1)

@@ -1,0 +1,38 @@
+"""Runs a function on several gloo ranks, each a fresh process, and returns what every rank returned."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _main(index: int, world: int, port: int, function: Callable[..., Any], arguments: tuple, results: str) -> None:
+    environment = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    torch.set_num_threads(1)
+    from m3i_large.parallel.comm import start_distributed, stop_distributed
+
+    rank = start_distributed(timeout_s=120)
+    try:
+        torch.save(function(rank, *arguments), Path(results) / f"{index}.pt")
+    finally:
+        stop_distributed()
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """function(rank, *arguments) on `world` ranks; a list of the results in rank order."""
+    with tempfile.TemporaryDirectory() as results:
+        mp.spawn(_main, args=(world, free_port(), function, arguments, results), nprocs=world)
+        return [torch.load(Path(results) / f"{i}.pt", weights_only=False) for i in range(world)]
