@@ -1,0 +1,150 @@
+"""Whole runs of the real command: resume, world sizes, signals, and the losses of twenty steps."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from tiny import command, environment, pretrain, recipe, write_data, write_recipe
+
+from m3i_large.checkpoint import Checkpoint, newest
+from m3i_large.metrics import read_metrics, read_rows
+from m3i_large.run import read_exit
+
+pytestmark = pytest.mark.slow
+LOSSES = ("loss", "loss/intra", "loss/inter", "loss/category", "loss/text")
+GOLDEN = Path(__file__).parent / "golden_losses.json"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml", recipe(data))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of six steps."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    result = pretrain("--recipe", tiny, "--out", out)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out
+
+
+def losses(run: Path) -> list[list[float]]:
+    return [[row[name] for name in LOSSES] for row in read_metrics(run)]
+
+
+def master(run: Path) -> dict:
+    saved = Checkpoint(newest(run / "checkpoints"))
+    return {key: saved.read_full(key) for key in saved.keys()}  # noqa: SIM118
+
+
+def test_the_run_directory_holds_what_the_contract_says(whole: Path) -> None:
+    for name in ("recipe.yaml", "env.json", "exit.json", "metrics.jsonl", "events.jsonl", "checkpoints/latest", "pictures/step_00000004/mix.png"):
+        assert (whole / name).is_file(), name
+    rows = read_metrics(whole)
+    assert [row["step"] for row in rows] == list(range(6)) and [row["samples"] for row in rows] == [16 * (i + 1) for i in range(6)]
+    expected = {*LOSSES, "attempt", "optim/lr", "optim/momentum_ema", "optim/grad_norm", "optim/skipped", "optim/temperature"}
+    expected |= {"data/wait_s", "time/step_s", "perf/samples_per_s", "perf/mem_gib"}
+    expected |= {"loss/text/first", "loss/text/second", "loss/category/labelled", "loss/intra/labelled"}
+    assert expected <= rows[0].keys(), expected - rows[0].keys()
+    assert {"collapse/intra/std", "collapse/intra/rank"} <= rows[0].keys() and "collapse/intra/std" not in rows[1]
+    assert read_exit(whole)["outcome"] == "finished" and read_exit(whole)["step"] == 6
+    assert [e["event"] for e in read_rows(whole / "events.jsonl")][0] == "start"
+    assert sorted(p.name for p in (whole / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000006"]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(tiny: Path, whole: Path) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    result = pretrain("--recipe", tiny, "--out", whole)
+    assert result.returncode == 0 and "finished" in result.stdout
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    for _ in range(1200):
+        if any(row["step"] >= step for row in read_rows(run / "metrics.jsonl")):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was never reached")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_ends_bit_identical(number: signal.Signals, tiny: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start("--recipe", tiny, "--out", out)
+    wait_for_step(out, 2, process)
+    os.kill(process.pid, number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0, output
+    if number != signal.SIGKILL:
+        stopped = read_exit(out)
+        assert stopped["outcome"] == "interrupted", output
+        assert Checkpoint(newest(out / "checkpoints")).step == stopped["step"]
+    result = pretrain("--recipe", tiny, "--out", out)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert losses(out) == losses(whole)
+    first, second = master(out), master(whole)
+    assert first.keys() == second.keys() and all((first[k] == second[k]).all() for k in first)
+    assert {row["attempt"] for row in read_metrics(out)} == {0, 1}
+
+
+def test_two_ranks_and_accumulation_train_the_same_losses(tiny: Path, data: Path, tmp_path: Path) -> None:
+    values = recipe(data, steps=20, contrast_batch=8, checkpoint_every=100)
+    values["data"]["audit"] = True
+    path = write_recipe(tmp_path / "two.yaml", values)
+    for ranks in (1, 2):
+        result = pretrain("--recipe", path, "--out", tmp_path / f"w{ranks}", ranks=ranks)
+        assert result.returncode == 0, result.stdout + result.stderr
+    one, two = losses(tmp_path / "w1"), losses(tmp_path / "w2")
+    assert two[0] == pytest.approx(one[0], rel=1e-5)
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-3)
+    assert seen(tmp_path / "w1") == seen(tmp_path / "w2")
+
+
+def seen(run: Path) -> dict[int, list]:
+    """Samples of every step, whatever rank read them."""
+    steps: dict[int, list] = {}
+    for path in (run / "audit").glob("*.jsonl"):
+        for row in read_rows(path):
+            steps.setdefault(row["step"], []).extend(map(tuple, row["samples"]))
+    return {step: sorted(samples) for step, samples in steps.items()}
+
+
+def test_resuming_on_two_ranks_continues_the_run_of_one(data: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "r.yaml", recipe(data, steps=6, checkpoint_every=3))
+    result = pretrain("--recipe", path, "--out", tmp_path / "a")
+    assert result.returncode == 0, result.stdout + result.stderr
+    middle = tmp_path / "a" / "checkpoints" / "step_00000003"
+    assert middle.is_dir()
+    result = pretrain("--recipe", path, "--out", tmp_path / "b", "--resume", middle, ranks=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = losses(tmp_path / "b")
+    assert len(rows) == 3
+    for a, b in zip(losses(tmp_path / "a")[3:], rows, strict=True):
+        assert b == pytest.approx(a, rel=1e-3)
+
+
+def test_twenty_steps_match_the_golden_losses(data: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "golden.yaml", recipe(data, steps=20, checkpoint_every=100, picture_every=0))
+    result = pretrain("--recipe", path, "--out", tmp_path / "golden")
+    assert result.returncode == 0, result.stdout + result.stderr
+    got = losses(tmp_path / "golden")
+    if os.environ.get("M3I_WRITE_GOLDEN"):
+        GOLDEN.write_text(json.dumps({"losses": list(LOSSES), "steps": got}, indent=1) + "\n")
+    for step, (a, b) in enumerate(zip(json.loads(GOLDEN.read_text())["steps"], got, strict=True)):
+        assert b == pytest.approx(a, rel=1e-3), f"step {step}"
