@@ -25,7 +25,7 @@ class PositionEmbedding(nn.Module):
         """position_BL4 (row and col in patches, as float32) -> (B, L, D) of `dtype`, the module's own.
 
         Feature order: [row, col, dh, dw] x [sin, cos] x [frequency 10000^(-k / (D/4)), k < D/4], computed in float32
-        whatever `dtype` is: bfloat16 has no two distinct positions between 128 and 129.
+        whatever `dtype` is: bfloat16 rounds a position of 10.3 patches to 10.3125, one of 100.3 to 100.5.
         """
         # Made here: a frequency buffer would follow the model into bfloat16.
         k = torch.arange(self.num_frequencies, device=position_BL4.device, dtype=torch.float32)

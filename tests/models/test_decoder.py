@@ -40,13 +40,13 @@ def test_position_embedding_equals_longhand() -> None:
 
 
 def test_position_features_stay_float32_in_bf16() -> None:
-    """129 rounds to 128 or 130 in bf16: the two positions must stay apart."""
+    """100.3 is 100.5 in bf16."""
     embedding = PositionEmbedding(12).to(torch.bfloat16)
     nn.init.eye_(embedding.linear.weight)
     nn.init.zeros_(embedding.linear.bias)
-    out = embedding(torch.tensor([[[129.0, 0, 0, 0], [128.0, 0, 0, 0]]]), dtype=torch.bfloat16)
+    out = embedding(torch.tensor([[[100.3, 0, 0, 0], [100.5, 0, 0, 0]]]), dtype=torch.bfloat16)
     assert out.dtype == torch.bfloat16
-    assert out[0, :, 0].tolist() == torch.tensor([np.sin(129.0), np.sin(128.0)]).bfloat16().tolist()
+    assert out[0, :, 0].tolist() == torch.tensor([np.sin(100.3), np.sin(100.5)]).bfloat16().tolist()
 
 
 @pytest.mark.parametrize("width", [24, 48, None])
