@@ -1,0 +1,70 @@
+"""Attention pooling of a token map into one vector, under InternImage-H's official names (METHOD 3).
+
+Legend: B images, L tokens, D width of the tokens, E width of the pooled vector, M heads.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from m3i_large.models.config import PoolConfig, check_divides
+from m3i_large.models.init import init_linears
+
+
+class AttentionPool(nn.Module):
+    """The mean of the tokens attends over all of them; then projection and LayerNorm. No residual, no MLP."""
+
+    def __init__(self, width: int, config: PoolConfig) -> None:
+        super().__init__()
+        check_divides("the backbone's width", width, by=config.heads, field="pool.heads")
+        self.width = config.width
+        self.clip_projector = _MeanQueryAttention(width, config)
+        self.fc_norm = _norm(config.width)
+        init_linears(self)
+
+    def forward(self, token_BLD: Tensor) -> Tensor:
+        """token_BLD -> (B, E)."""
+        return self.fc_norm(self.clip_projector(token_BLD))
+
+
+class _MeanQueryAttention(nn.Module):
+    """The mean token as query, with a LayerNorm each for query, key and value: (B, L, D) -> (B, E)."""
+
+    def __init__(self, width: int, config: PoolConfig) -> None:
+        super().__init__()
+        self.norm1_q = _norm(width)
+        self.norm1_k = _norm(width)
+        self.norm1_v = _norm(width)
+        self.cross_dcn = _CrossAttention(width, config)
+
+    def forward(self, token_BLD: Tensor) -> Tensor:
+        query_B1D = token_BLD.mean(dim=1, keepdim=True)
+        pooled_B1E = self.cross_dcn(self.norm1_q(query_B1D), self.norm1_k(token_BLD), self.norm1_v(token_BLD))
+        return pooled_B1E.squeeze(1)
+
+
+class _CrossAttention(nn.Module):
+    """Multi-head attention whose q, k and v biases are parameters of its own, as the official checkpoints name them."""
+
+    def __init__(self, width: int, config: PoolConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.k_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, config.width)
+
+    def forward(self, query_B1D: Tensor, key_BLD: Tensor, value_BLD: Tensor) -> Tensor:
+        query, key, value = (
+            x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for x in (self.q(query_B1D) + self.q_bias, self.k(key_BLD) + self.k_bias, self.v(value_BLD) + self.v_bias)
+        )
+        pooled_BM1d = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.proj(pooled_BM1d.transpose(1, 2).flatten(2))
+
+
+def _norm(width: int) -> nn.Sequential:
+    # A Sequential of one: the official names carry its index (norm1_q.0.weight).
+    return nn.Sequential(nn.LayerNorm(width, eps=1e-6))

@@ -1,0 +1,63 @@
+"""The text tower: a BERT-shaped Transformer over CLIP's BPE tokens (METHOD 3).
+
+Legend: N texts, T tokens, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from m3i_large.models.config import TextConfig, check_divides
+
+
+class TextTower(nn.Module):
+    """Trained from scratch beside the image encoder, never an EMA; no dropout.
+
+    `width` D; `blocks` are what activation checkpointing wraps.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        check_divides("text.width", config.width, by=config.heads, field="text.heads")
+        self.width = config.width
+        self.context_length = config.context_length
+        bert_config = BertConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=4 * config.width,
+            max_position_embeddings=config.context_length,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            type_vocab_size=1,
+            pad_token_id=None,  # id 0 is "!" in CLIP's BPE: a padding row would never be trained
+        )
+        self.bert = BertModel(bert_config, add_pooling_layer=False)
+        self.bert.set_attn_implementation("sdpa")
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.bert.encoder.layer
+
+    def forward(self, text_NT: Tensor) -> Tensor:
+        """text_NT (int64, T <= context_length) -> (N, D) at each text's end-of-text token.
+
+        End of text is the first position of the row's largest id, as in CLIP; later tokens are not attended to. A row
+        of equal ids (padding) is a text of one token, so its output is finite. ValueError if T is too long.
+        """
+        length = text_NT.shape[1]
+        if length > self.context_length:
+            raise ValueError(f"text_NT: got {length} tokens, needed at most {self.context_length}")
+        position_1T = torch.arange(length, device=text_NT.device)[None]
+        end_N1 = text_NT.argmax(dim=-1, keepdim=True)
+        # Four dimensions: a two-dimensional mask makes transformers look at its values to choose a code path.
+        mask_N11T = (position_1T <= end_N1)[:, None, None]
+        # Positions and types are given, so that the tower's output depends on no buffer.
+        hidden_NTD = self.bert(
+            input_ids=text_NT,
+            attention_mask=mask_N11T,
+            position_ids=position_1T,
+            token_type_ids=torch.zeros_like(text_NT),
+        ).last_hidden_state
+        return hidden_NTD.take_along_dim(end_N1[..., None], dim=1).squeeze(1)

@@ -1,0 +1,90 @@
+"""The Vision Transformer student, made of timm's blocks under timm's flat state-dict keys.
+
+Legend: B images, C channels, H W pixels, G tokens a side, L = G * G tokens, K kept tokens, D width.
+"""
+
+import torch
+from timm.layers import LayerNorm, PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from m3i_large.models.config import ViTConfig, check_divides
+from m3i_large.models.init import init_linears
+
+
+class ViT(nn.Module):
+    """Pre-norm ViT with a class token and learned positions; no dropout, no drop path.
+
+    Its keys are those of timm's `vit_base_patch16_224`, which MAE, ViTDet and ViT-Adapter read too. The class token is
+    there for them: dense terms and pool read the patch tokens only (METHOD 3).
+
+    `width` D; `image_size` and `token_stride` in pixels; `grid` G; `blocks` are what activation checkpointing wraps.
+    """
+
+    def __init__(self, config: ViTConfig, *, num_classes: int = 0) -> None:
+        super().__init__()
+        check_divides(
+            "backbone.arch.image_size", config.image_size, by=config.patch_size, field="backbone.arch.patch_size"
+        )
+        check_divides("backbone.arch.width", config.width, by=config.heads, field="backbone.arch.heads")
+        self.width = config.width
+        self.image_size = config.image_size
+        self.token_stride = config.patch_size
+        self.grid = config.image_size // config.patch_size
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, config.width))
+        self.patch_embed = PatchEmbed(config.image_size, config.patch_size, embed_dim=config.width)
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, mlp_ratio=config.mlp_ratio, qkv_bias=True) for _ in range(config.depth)
+        )
+        self.norm = LayerNorm(config.width)
+        self.head = nn.Linear(config.width, num_classes) if num_classes else None
+
+        # timm's own initialisation; the patch convolution keeps torch's default there too.
+        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        init_linears(self)
+
+    def forward(
+        self, image_BCHW: Tensor, *, keep_BK: Tensor | None = None, as_tokens: bool = False, as_logits: bool = False
+    ) -> list[Tensor] | Tensor:
+        """image_BCHW (B, 3, image_size, image_size) -> [feature map (B, D, G, G)], after the final norm.
+
+        With `as_tokens` what `tokens` returns, with `as_logits` what `logits` returns: both are calls of the module,
+        because sharded parameters are present only inside one.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if image_BCHW.shape[1:] != expected:
+            raise ValueError(
+                f"image_BCHW: got shape {tuple(image_BCHW.shape)}, needed (B, {', '.join(map(str, expected))})"
+            )
+        if keep_BK is not None and not as_tokens:
+            raise ValueError("keep_BK: dropped tokens leave no map and no whole image, needed as_tokens=True")
+        patch_BLD = self.patch_embed(image_BCHW) + self.pos_embed[:, 1:]
+        if keep_BK is not None:
+            patch_BLD = patch_BLD.take_along_dim(keep_BK[..., None], dim=1)
+        class_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(image_BCHW), -1, -1)
+        x = torch.cat([class_B1D, patch_BLD], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        if as_logits:
+            if self.head is None:
+                raise ValueError("logits: the model was built with num_classes 0, needed 1 or more")
+            return self.head(x[:, 0])
+        token_BLD = x[:, 1:]
+        if as_tokens:
+            return token_BLD
+        return [token_BLD.transpose(1, 2).unflatten(2, (self.grid, self.grid))]
+
+    def tokens(self, image_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """Patch tokens after the final norm, row-major, without the class token -> (B, L, D).
+
+        keep_BK (int64, indices into the L patches): only these enter the blocks; the result is (B, K, D) in its order.
+        """
+        return self(image_BCHW, keep_BK=keep_BK, as_tokens=True)
+
+    def logits(self, image_BCHW: Tensor) -> Tensor:
+        """The classifier on the class token, as timm's -> (B, num_classes). ValueError without a classifier."""
+        return self(image_BCHW, as_logits=True)
