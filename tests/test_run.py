@@ -1,0 +1,84 @@
+"""The run directory: nothing is overwritten, and what is wrong is said in one line."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import recipe as tiny_recipe
+
+from m3i_large.errors import UserError
+from m3i_large.metrics import append_row, read_metrics, read_rows
+from m3i_large.recipe import Recipe, validate
+from m3i_large.run import begin, open_run, read_exit, resolve, resolve_precision
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return resolve(validate(tiny_recipe(tmp_path / "data")), tmp_path / "run", torch.device("cpu"))
+
+
+def test_a_new_directory_is_attempt_zero_and_later_starts_count_up(recipe: Recipe, tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", recipe, resume="auto")
+    assert (run.attempt, run.resume_from) == (0, None) and not (tmp_path / "run").exists()
+    begin(run, {"a": 1})
+    append_row(run.directory / "events.jsonl", {"event": "start", "attempt": 0, "step": 0})
+    again = open_run(tmp_path / "run", recipe, resume="auto")
+    assert again.attempt == 1 and again.recipe == recipe
+
+
+def test_another_recipe_or_foreign_files_are_refused_untouched(recipe: Recipe, tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", recipe, resume="auto")
+    begin(run, {})
+    before = (run.directory / "recipe.yaml").read_bytes()
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 99})})
+    with pytest.raises(UserError, match=r"another recipe \(train.steps is 6 there, 99 here\)"):
+        open_run(run.directory, other, resume="auto")
+    assert (run.directory / "recipe.yaml").read_bytes() == before
+    with pytest.raises(UserError, match="already holds a run"):
+        open_run(run.directory, recipe, resume="never")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("x")
+    with pytest.raises(UserError, match="holds files but no run"):
+        open_run(tmp_path / "thesis", recipe, resume="auto")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        open_run(tmp_path / "new", recipe, resume=str(tmp_path / "thesis"))
+
+
+def test_precision_and_threads_are_settled_once_and_reused(tmp_path: Path) -> None:
+    values = tiny_recipe(tmp_path, precision="auto", threads=None)
+    first = resolve(validate(values), tmp_path / "run", torch.device("cpu"))
+    assert first.train.precision in ("bf16", "fp32") and first.train.threads
+    begin(open_run(tmp_path / "run", first, resume="auto"), {})
+    moved = first.model_copy(update={"train": first.train.model_copy(update={"precision": "fp32", "threads": 7})})
+    begin(open_run(tmp_path / "other", moved, resume="auto"), {})
+    resumed = resolve(validate(values), tmp_path / "other", torch.device("cpu"))
+    assert (resumed.train.precision, resumed.train.threads) == ("fp32", 7)
+
+
+def test_precision_auto_follows_the_cpu_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, expected in {"avx2 avx512_bf16": "bf16", "avx2 amx_bf16": "bf16", "avx2 avx512f": "fp32"}.items():
+        monkeypatch.setattr("m3i_large.run._cpu_flags", lambda flags=flags: set(flags.split()))
+        assert resolve_precision("auto", torch.device("cpu")) == expected
+    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+def test_the_highest_attempt_counts_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
+    for step, attempt, loss in [(0, 0, 1.0), (1, 0, 2.0), (2, 0, 3.0), (1, 1, 20.0), (2, 1, float("nan"))]:
+        append_row(tmp_path / "metrics.jsonl", {"step": step, "attempt": attempt, "loss": loss})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "att')
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(0, 1.0), (1, 20.0), (2, None)]
+    assert read_rows(tmp_path / "none.jsonl") == [] and read_exit(tmp_path) == {}
+
+
+def test_stop_signals_are_remembered_and_handlers_restored() -> None:
+    from m3i_large.train import StopSignals
+
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested and stop.name == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
