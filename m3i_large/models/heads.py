@@ -4,12 +4,15 @@ Legend: B images, N texts, E pooled width, W text width, F shared width.
 """
 
 import math
-from typing import ClassVar
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from m3i_large.models.init import init_linears
+
+LOG_SCALE_BOUNDS: Final = (0.0, math.log(100.0))
+"""What `TextHead.log_scale` is clamped to after each update (METHOD 3)."""
 
 
 class CategoryHead(nn.Module):
@@ -32,8 +35,6 @@ class TextHead(nn.Module):
     `log_scale` has shape (1,), so that weight decay leaves it out like every 1-D parameter; the training step clamps
     it to `LOG_SCALE_BOUNDS` after each update.
     """
-
-    LOG_SCALE_BOUNDS: ClassVar[tuple[float, float]] = (0.0, math.log(100.0))
 
     def __init__(self, image_width: int, text_width: int, embed: int) -> None:
         super().__init__()

@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from m3i_large.models import CategoryHead, TextHead
+from m3i_large.models import LOG_SCALE_BOUNDS, CategoryHead, TextHead
 
 
 def test_category_logits_are_linear_in_the_projection_with_bias_and_without_normalisation() -> None:
@@ -34,4 +34,4 @@ def test_scale_is_computed_in_float32_and_has_its_bounds() -> None:
     scale = head(torch.zeros(1, 6, dtype=torch.bfloat16), torch.zeros(1, 8, dtype=torch.bfloat16))[2]
     assert scale.dtype == torch.float32
     assert scale.item() == head.log_scale.detach().float().exp().item()
-    assert (0.0, math.log(100)) == TextHead.LOG_SCALE_BOUNDS
+    assert (0.0, math.log(100)) == LOG_SCALE_BOUNDS
