@@ -23,7 +23,7 @@ from m3i_large.data.sources import Source, manifest_hash, open_sources
 from m3i_large.data.tokenizer import Tokenizer
 from m3i_large.errors import UserError
 from m3i_large.metrics import MetricsWriter, append_row, environment, package_versions
-from m3i_large.models import TextHead
+from m3i_large.models import LOG_SCALE_BOUNDS
 from m3i_large.optim import build_optimizer, decays
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank, any_rank, barrier
 from m3i_large.parallel.engine import Engine, Slice, StepSizes, build_param_groups, partition, read_ds_config
@@ -168,7 +168,7 @@ class Loop:
 
     def _clamp_temperature(self) -> None:
         if any(term.name == "text" for term in self.recipe.objective.terms):
-            self.engine.clamp(LOG_SCALE, *TextHead.LOG_SCALE_BOUNDS)
+            self.engine.clamp(LOG_SCALE, *LOG_SCALE_BOUNDS)
 
     def _count(self, applied: bool, step: int, writer: MetricsWriter | None) -> None:
         """Counts steps whose gradients were not finite; the weights and the average stay as they were."""
