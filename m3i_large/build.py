@@ -17,17 +17,19 @@ def build_objective(
 ) -> Objective:
     """The objective with freshly initialised towers; `train.seed` alone decides the weights.
 
-    Every tower is built whole, in this numbered order, because the order decides which random numbers it gets:
-    1 student, 2 target (a copy of the student), 3 text, 4 decoder, 5 pool, 6 category head, 7 text head.
+    Every tower that a term needs is built whole, in this order, because the order decides which random numbers it
+    gets: 1 student, 2 target (a copy of the student), 3 text, 4 decoder, 5 pool, 6 category head, 7 text head.
     """
+    needs = recipe.objective
+    pooled, labelled, texts = needs.has("category") or needs.has("text"), needs.has("category"), needs.has("text")
     torch.manual_seed(recipe.train.seed)
     student = create_model(recipe.backbone.name, **recipe.backbone.arch)
-    target = copy.deepcopy(student).requires_grad_(False)
-    text = TextTower(recipe.text)
-    decoder = DenseDecoder(student.width, recipe.decoder)
-    pool = AttentionPool(student.width, recipe.pool)
-    category_head = CategoryHead(recipe.pool.width, recipe.data.num_classes)
-    text_head = TextHead(recipe.pool.width, recipe.text.width, recipe.text.embed)
+    target = copy.deepcopy(student).requires_grad_(False) if needs.dense else None
+    text = TextTower(recipe.text) if texts else None
+    decoder = DenseDecoder(student.width, recipe.decoder) if needs.dense else None
+    pool = AttentionPool(student.width, recipe.pool) if pooled else None
+    category_head = CategoryHead(recipe.pool.width, recipe.data.num_classes) if labelled else None
+    text_head = TextHead(recipe.pool.width, recipe.text.width, recipe.text.embed) if texts else None
     objective = Objective(
         recipe.objective,
         student=student,
@@ -49,4 +51,5 @@ def build_objective(
 def checkpointed_blocks(objective: Objective) -> Iterator[nn.Module]:
     """Transformer blocks of the towers that receive gradients, for activation checkpointing."""
     for tower in (objective.student, objective.text, objective.decoder):
-        yield from tower.blocks
+        if tower is not None:
+            yield from tower.blocks

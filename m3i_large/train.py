@@ -90,7 +90,7 @@ class Loop:
     recipe: Recipe
     directory: Run
     engine: Engine
-    target: ShardedEMA
+    target: ShardedEMA | None
     mixture: Mixture
     data_hash: str
     rank: Rank
@@ -123,7 +123,8 @@ class Loop:
                 totals.add(losses)
             if applied:
                 self._clamp_temperature()
-                self.target.update(momentum)
+                if self.target:
+                    self.target.update(momentum)
             self._count(applied, step, writer)
             row = totals.row(self.rank, self.mixture.source_names)
             row |= self._timing(began, waited) | {"optim/momentum_ema": momentum, "optim/grad_norm": engine.grad_norm}
@@ -155,7 +156,7 @@ class Loop:
             "versions": package_versions(),
             "world": self.rank.world,
         }
-        state = {**self.engine.state(), **self.target.state(), **buffers(self.engine, self.rank)}
+        state = {**self.engine.state(), **(self.target.state() if self.target else {}), **buffers(self.engine)}
         checkpoint.save(
             self.directory.checkpoints, step=step, state=state, manifest=manifest, rank=self.rank, keep=recipe.train.checkpoint_keep
         )
@@ -167,7 +168,7 @@ class Loop:
         return MetricsWriter(run.directory, attempt=run.attempt, wandb_project=self.recipe.train.wandb_project)
 
     def _clamp_temperature(self) -> None:
-        if any(term.name == "text" for term in self.recipe.objective.terms):
+        if self.recipe.objective.has("text"):
             self.engine.clamp(LOG_SCALE, *LOG_SCALE_BOUNDS)
 
     def _count(self, applied: bool, step: int, writer: MetricsWriter | None) -> None:
@@ -277,7 +278,7 @@ def plan_mixture(recipe: Recipe, sources: list[Source]) -> Mixture:
     return Mixture.plan(
         recipe.train.seed,
         sources=[
-            (s.name, s.num_samples, c.repeats, s.mean_bytes, c.quota) for s, c in zip(sources, recipe.data.sources, strict=True)
+            (s.name, s.num_samples, c.exact_repeats, s.mean_bytes, c.quota) for s, c in zip(sources, recipe.data.sources, strict=True)
         ],
         global_batch=recipe.train.global_batch,
         lanes=recipe.data.lanes,
@@ -317,7 +318,7 @@ def make_loader(recipe: Recipe, mixture: Mixture, sources: list[Source], rank: R
     )
 
 
-def build_engine(recipe: Recipe, ds_config: dict[str, Any], rank: Rank) -> tuple[Engine, ShardedEMA]:
+def build_engine(recipe: Recipe, ds_config: dict[str, Any], rank: Rank) -> tuple[Engine, ShardedEMA | None]:
     """Towers, then ZeRO-3 partitions, then the optimizer and the target's average."""
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     objective = build_objective(recipe, collectives=ProcessGroupCollectives(rank), dtype=dtype)
@@ -327,7 +328,7 @@ def build_engine(recipe: Recipe, ds_config: dict[str, Any], rank: Rank) -> tuple
     trained = ((n, p) for n, p in objective.named_parameters() if p.requires_grad)
     groups = build_param_groups(trained, weight_decay=recipe.optim.weight_decay, decays=decays)
     engine = Engine(objective, optimizer=build_optimizer(groups, recipe.optim), ds_config=ds_config, rank=rank)
-    return engine, ShardedEMA(engine)
+    return engine, ShardedEMA(engine) if objective.target is not None else None
 
 
 def buffers(engine: Engine) -> dict[str, Slice]:
@@ -341,8 +342,9 @@ def buffers(engine: Engine) -> dict[str, Slice]:
     return found
 
 
-def restore(saved: checkpoint.Checkpoint, engine: Engine, target: ShardedEMA) -> None:
+def restore(saved: checkpoint.Checkpoint, engine: Engine, target: ShardedEMA | None) -> None:
     """Continues from a checkpoint of any world size."""
-    saved.restore({**engine.state(), **target.state(), **buffers(engine)})
+    saved.restore({**engine.state(), **(target.state() if target else {}), **buffers(engine)})
     engine.restored(applied_steps=int(saved.manifest["applied_steps"]))
-    target.restored()
+    if target:
+        target.restored()
