@@ -32,7 +32,9 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def save(root: Path, *, step: int, state: Mapping[str, Slice], manifest: Mapping[str, Any], rank: Rank, keep: int) -> Path:
+def save(
+    root: Path, *, step: int, state: Mapping[str, Slice], manifest: Mapping[str, Any], rank: Rank, keep: int
+) -> Path:
     """Writes one checkpoint; every rank calls it with its slices. Returns the final directory.
 
     Args:
@@ -53,7 +55,12 @@ def save(root: Path, *, step: int, state: Mapping[str, Slice], manifest: Mapping
     save_file({k: s.values.detach().cpu().clone() for k, s in state.items() if s.values.numel()}, temporary / name)
     _fsync(temporary / name)
     entries = {
-        k: {"shape": list(s.shape), "dtype": str(s.values.dtype).removeprefix("torch."), "offset": s.offset, "numel": s.values.numel()}
+        k: {
+            "shape": list(s.shape),
+            "dtype": str(s.values.dtype).removeprefix("torch."),
+            "offset": s.offset,
+            "numel": s.values.numel(),
+        }
         for k, s in state.items()
     }
     parts = gather_objects((name, sha256(temporary / name), entries), rank)
@@ -135,11 +142,15 @@ class Checkpoint:
 
     def __init__(self, directory: Path, *, verify: bool = True) -> None:
         if not (directory / MANIFEST).is_file():
-            raise UserError(f"checkpoint: got {directory}, which holds no {MANIFEST}; needed: a directory step_NNNNNNNN")
+            raise UserError(
+                f"checkpoint: got {directory}, which holds no {MANIFEST}; needed: a directory step_NNNNNNNN"
+            )
         self.directory = directory
         self.manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         if self.manifest.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"checkpoint: {directory} has format {self.manifest.get('format_version')}; needed: {FORMAT_VERSION}")
+            raise UserError(
+                f"checkpoint: {directory} has format {self.manifest.get('format_version')}; needed: {FORMAT_VERSION}"
+            )
         self._files: dict[str, Any] = {}
         for name, entry in self.manifest["files"].items():
             path = directory / name
@@ -187,7 +198,9 @@ class Checkpoint:
         for key, piece in state.items():
             if list(piece.shape) != stored[key]["shape"]:
                 got, need = stored[key]["shape"], list(piece.shape)
-                raise UserError(f"checkpoint: {self.directory} is of another model: {key} has shape {got}, needed {need}")
+                raise UserError(
+                    f"checkpoint: {self.directory} is of another model: {key} has shape {got}, needed {need}"
+                )
         for key, piece in state.items():
             piece.values.copy_(self.read(key, offset=piece.offset, numel=piece.values.numel()))
 

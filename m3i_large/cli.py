@@ -14,7 +14,9 @@ from rich.progress import Progress
 
 from m3i_large.errors import UserError
 
-app = typer.Typer(help="M3I pre-training: recipes, data, evaluation, reports.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="M3I pre-training: recipes, data, evaluation, reports.", no_args_is_help=True, add_completion=False
+)
 data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
@@ -37,7 +39,9 @@ def pretrain(arguments: list[str]) -> int:
     parser.add_argument("--ds", type=Path, required=True, help="DeepSpeed JSON file: sharding and offload only")
     parser.add_argument("--recipe", default="demo", help="name of a shipped recipe or a YAML file (default: demo)")
     parser.add_argument("--out", type=Path, default=None, help="run directory (default: runs/<recipe>)")
-    parser.add_argument("--resume", default="auto", help="auto, never, or a run or checkpoint directory (default: auto)")
+    parser.add_argument(
+        "--resume", default="auto", help="auto, never, or a run or checkpoint directory (default: auto)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="recipe fields to change, or scale=demo")
@@ -48,14 +52,18 @@ def pretrain(arguments: list[str]) -> int:
 
         recipe = load_recipe(options.recipe, options.overrides)
         if not options.ds.is_file():
-            raise UserError(f"--ds: got {options.ds}, which does not exist; needed: a DeepSpeed JSON file such as ds_configs/zero3.json")
+            raise UserError(
+                f"--ds: got {options.ds}, which does not exist; needed: a DeepSpeed JSON file such as ds_configs/zero3.json"
+            )
         # Importing the trainer takes seconds (DeepSpeed, transformers): only once the arguments make sense.
         from m3i_large.parallel.comm import start_distributed, stop_distributed
         from m3i_large.train import train
 
         rank = start_distributed()
         try:
-            outcome = train(recipe, ds=options.ds, out=options.out or Path("runs") / recipe.name, resume=options.resume, rank=rank)
+            outcome = train(
+                recipe, ds=options.ds, out=options.out or Path("runs") / recipe.name, resume=options.resume, rank=rank
+            )
         finally:
             stop_distributed()
         return 0 if outcome == "finished" else 1

@@ -26,8 +26,12 @@ def write_mix_picture(directory: Path, batch: Batch, recipe: Recipe, *, columns:
     size = mixed.shape[-1]
     mask = batch.mask_NPP.repeat_interleave(size // batch.mask_NPP.shape[-1], 1)
     mask = mask.repeat_interleave(size // batch.mask_NPP.shape[-1], 2)[:, None].expand(-1, 3, -1, -1)
-    rows = [_pixels(x, mean, std) for x in (own, foreign, mixed)] + [mask.permute(0, 2, 3, 1).numpy().astype(np.uint8) * 255]
-    picture = np.concatenate([np.concatenate([_bordered(cell) for cell in row[:columns]], axis=1) for row in rows], axis=0)
+    rows = [_pixels(x, mean, std) for x in (own, foreign, mixed)] + [
+        mask.permute(0, 2, 3, 1).numpy().astype(np.uint8) * 255
+    ]
+    picture = np.concatenate(
+        [np.concatenate([_bordered(cell) for cell in row[:columns]], axis=1) for row in rows], axis=0
+    )
     directory.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(directory / "mix.png"), picture[..., ::-1])
 

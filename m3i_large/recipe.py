@@ -50,7 +50,9 @@ class TrainConfig(BaseModel):
         if self.contrast_batch == 0:
             self.contrast_batch = self.global_batch
         if self.global_batch % self.contrast_batch:
-            raise ValueError(f"global_batch {self.global_batch} is not a multiple of contrast_batch {self.contrast_batch}")
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of contrast_batch {self.contrast_batch}"
+            )
         if self.steps is None and self.epochs is None:
             raise ValueError("neither steps nor epochs is set; needed: one of them")
         return self
@@ -64,7 +66,9 @@ class TrainConfig(BaseModel):
         """Rows per rank and micro-step on `world` ranks; UserError where it does not divide or is overridden."""
         if self.contrast_batch % world:
             need = [w for w in range(1, self.contrast_batch + 1) if self.contrast_batch % w == 0]
-            raise UserError(f"train.contrast_batch: {self.contrast_batch} does not divide over {world} ranks; needed: one of {need}")
+            raise UserError(
+                f"train.contrast_batch: {self.contrast_batch} does not divide over {world} ranks; needed: one of {need}"
+            )
         micro_batch = self.contrast_batch // world
         if self.micro_batch not in (None, micro_batch):
             raise UserError(
@@ -151,11 +155,15 @@ def _locate(name: str) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise UserError(f"recipe: got {name}, which does not exist; needed: a YAML file or one of {', '.join(recipe_names())}")
+            raise UserError(
+                f"recipe: got {name}, which does not exist; needed: a YAML file or one of {', '.join(recipe_names())}"
+            )
         return path
     path = RECIPES / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(f"recipe: got {name!r}{_nearest(name, recipe_names())}; needed: one of {', '.join(recipe_names())}")
+        raise UserError(
+            f"recipe: got {name!r}{_nearest(name, recipe_names())}; needed: one of {', '.join(recipe_names())}"
+        )
     return path
 
 
@@ -203,7 +211,11 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     node: Any = values
     for name in parents:
-        node = node[int(name)] if isinstance(node, list) and name.isdigit() and int(name) < len(node) else _child(node, name, key)
+        node = (
+            node[int(name)]
+            if isinstance(node, list) and name.isdigit() and int(name) < len(node)
+            else _child(node, name, key)
+        )
     if isinstance(node, list) and last.isdigit() and int(last) < len(node):
         node[int(last)] = value
     elif isinstance(node, dict):
@@ -251,5 +263,3 @@ def _model_in(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((m for m in map(_model_in, getattr(annotation, "__args__", ())) if m), None)
-
-

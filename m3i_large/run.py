@@ -103,7 +103,9 @@ def open_run(directory: Path, recipe: Recipe, *, resume: str) -> Run:
     if previous is None and directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"--out: {directory} holds files but no run; needed: an empty or new directory")
     if previous is not None and previous != recipe:
-        raise UserError(f"--out: {directory} holds a run of another recipe ({_difference(previous, recipe)}); choose another --out")
+        raise UserError(
+            f"--out: {directory} holds a run of another recipe ({_difference(previous, recipe)}); choose another --out"
+        )
     if previous is not None and resume == "never":
         raise UserError(f"--resume never: {directory} already holds a run; choose another --out")
     attempt = 1 + max((row["attempt"] for row in read_rows(directory / EVENTS)), default=-1)
@@ -117,7 +119,9 @@ def _resume_point(directory: Path, resume: str) -> Path | None:
     path = Path(resume)
     found = path if (path / checkpoint.MANIFEST).is_file() else checkpoint.newest(path / "checkpoints")
     if found is None:
-        raise UserError(f"--resume: got {resume}, which holds no checkpoint; needed: auto, never, a run or a checkpoint directory")
+        raise UserError(
+            f"--resume: got {resume}, which holds no checkpoint; needed: auto, never, a run or a checkpoint directory"
+        )
     return found
 
 
@@ -139,5 +143,7 @@ def _difference(a: Recipe, b: Recipe) -> str:
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
+        return {
+            k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()
+        }
     return {prefix: value}

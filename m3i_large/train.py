@@ -76,7 +76,12 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank) -> Ou
         restore(saved, engine, target)
     barrier()
     if rank.is_first:
-        begin(run, environment(world=rank.world, device=rank.device, precision=recipe.train.precision, threads=torch.get_num_threads()))
+        begin(
+            run,
+            environment(
+                world=rank.world, device=rank.device, precision=recipe.train.precision, threads=torch.get_num_threads()
+            ),
+        )
     loop = Loop(recipe, run, engine, target, mixture, manifest_hash(sources), rank, steps, progress)
     start = saved.step if saved else 0
     with StopSignals() as stop, make_loader(recipe, mixture, sources, rank, start_step=start) as stream:
@@ -158,7 +163,12 @@ class Loop:
         }
         state = {**self.engine.state(), **(self.target.state() if self.target else {}), **buffers(self.engine)}
         checkpoint.save(
-            self.directory.checkpoints, step=step, state=state, manifest=manifest, rank=self.rank, keep=recipe.train.checkpoint_keep
+            self.directory.checkpoints,
+            step=step,
+            state=state,
+            manifest=manifest,
+            rank=self.rank,
+            keep=recipe.train.checkpoint_keep,
         )
 
     def _writer(self) -> MetricsWriter | None:
@@ -180,7 +190,9 @@ class Loop:
         writer and writer.event("skip", step=step)
         row = self.recipe.train.max_skipped
         if self.skipped_steps[-row:] == list(range(step - row + 1, step + 1)):
-            raise FloatingPointError(f"{row} steps in a row had gradients that are not finite, the last one step {step}")
+            raise FloatingPointError(
+                f"{row} steps in a row had gradients that are not finite, the last one step {step}"
+            )
 
     def _record(self, batch: Batch, *, step: int, micro_step: int) -> None:
         """Audit rows and pictures of what is about to be trained on."""
@@ -230,7 +242,10 @@ class StepTotals:
     def row(self, rank: Rank, sources: Iterable[str]) -> dict[str, float]:
         """The step's metrics: scalars as means, per-source losses from their sums and counts."""
         keys = sorted(self._values)
-        means = [torch.stack(self._values[k]).sum(0) if k.startswith("source/") else torch.stack(self._values[k]).mean(0) for k in keys]
+        means = [
+            torch.stack(self._values[k]).sum(0) if k.startswith("source/") else torch.stack(self._values[k]).mean(0)
+            for k in keys
+        ]
         flat = ProcessGroupCollectives(rank).all_reduce_sum(torch.cat([m.flatten() for m in means])).cpu()
         row: dict[str, float] = {}
         for key, mean, total in zip(keys, means, flat.split([m.numel() for m in means]), strict=True):
@@ -278,7 +293,8 @@ def plan_mixture(recipe: Recipe, sources: list[Source]) -> Mixture:
     return Mixture.plan(
         recipe.train.seed,
         sources=[
-            (s.name, s.num_samples, c.exact_repeats, s.mean_bytes, c.quota) for s, c in zip(sources, recipe.data.sources, strict=True)
+            (s.name, s.num_samples, c.exact_repeats, s.mean_bytes, c.quota)
+            for s, c in zip(sources, recipe.data.sources, strict=True)
         ],
         global_batch=recipe.train.global_batch,
         lanes=recipe.data.lanes,
@@ -297,7 +313,9 @@ def restore_mixture(saved: checkpoint.Checkpoint, sources: list[Source]) -> Mixt
 def check_world(mixture: Mixture, world: int) -> None:
     """Refuses a number of ranks that would change a micro-step's contents."""
     if world not in (valid := mixture.valid_world_sizes()):
-        raise UserError(f"ranks: got {world}; needed: one of {', '.join(map(str, valid))} (ranks x accumulation divides {mixture.lanes} lanes)")
+        raise UserError(
+            f"ranks: got {world}; needed: one of {', '.join(map(str, valid))} (ranks x accumulation divides {mixture.lanes} lanes)"
+        )
 
 
 def make_loader(recipe: Recipe, mixture: Mixture, sources: list[Source], rank: Rank, *, start_step: int = 0) -> Loader:

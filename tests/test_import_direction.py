@@ -9,10 +9,32 @@ ROOT = Path(__file__).parent.parent
 # layer -> what it must not import (prefixes of dotted names)
 FORBIDDEN = {
     "kernels/m3i_kernels": ("m3i_large", "deepspeed"),
-    "m3i_large/models": ("deepspeed", "torch.distributed", "m3i_large.objective", "m3i_large.data", "m3i_large.recipe", "m3i_large.parallel"),
+    "m3i_large/models": (
+        "deepspeed",
+        "torch.distributed",
+        "m3i_large.objective",
+        "m3i_large.data",
+        "m3i_large.recipe",
+        "m3i_large.parallel",
+    ),
     "m3i_large/schedule.py": ("deepspeed", "torch", "m3i_large.recipe"),
-    "m3i_large/objective": ("deepspeed", "torch.distributed", "m3i_large.models", "m3i_large.parallel", "m3i_large.recipe", "timm", "transformers"),
-    "m3i_large/data": ("deepspeed", "torch.distributed", "m3i_large.models", "m3i_large.objective", "m3i_large.parallel", "m3i_large.recipe"),
+    "m3i_large/objective": (
+        "deepspeed",
+        "torch.distributed",
+        "m3i_large.models",
+        "m3i_large.parallel",
+        "m3i_large.recipe",
+        "timm",
+        "transformers",
+    ),
+    "m3i_large/data": (
+        "deepspeed",
+        "torch.distributed",
+        "m3i_large.models",
+        "m3i_large.objective",
+        "m3i_large.parallel",
+        "m3i_large.recipe",
+    ),
     "m3i_large/parallel": ("m3i_large.models", "m3i_large.objective", "m3i_large.data", "m3i_large.recipe"),
     "m3i_large/recipe.py": ("deepspeed", "m3i_large.parallel", "m3i_large.train", "m3i_large.build"),
     "m3i_large/build.py": ("deepspeed", "torch.distributed", "m3i_large.parallel"),
@@ -42,7 +64,13 @@ def reaches(name: str, prefix: str) -> bool:
 
 
 def sources() -> list[Path]:
-    return sorted([*(ROOT / "m3i_large").rglob("*.py"), *(ROOT / "kernels/m3i_kernels").rglob("*.py"), *(ROOT / "launchers").rglob("*.py")])
+    return sorted(
+        [
+            *(ROOT / "m3i_large").rglob("*.py"),
+            *(ROOT / "kernels/m3i_kernels").rglob("*.py"),
+            *(ROOT / "launchers").rglob("*.py"),
+        ]
+    )
 
 
 @pytest.mark.parametrize("layer", FORBIDDEN)

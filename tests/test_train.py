@@ -48,11 +48,29 @@ def master(run: Path) -> dict:
 
 
 def test_the_run_directory_holds_what_the_contract_says(whole: Path) -> None:
-    for name in ("recipe.yaml", "env.json", "exit.json", "metrics.jsonl", "events.jsonl", "checkpoints/latest", "pictures/step_00000004/mix.png"):
+    for name in (
+        "recipe.yaml",
+        "env.json",
+        "exit.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "checkpoints/latest",
+        "pictures/step_00000004/mix.png",
+    ):
         assert (whole / name).is_file(), name
     rows = read_metrics(whole)
-    assert [row["step"] for row in rows] == list(range(6)) and [row["samples"] for row in rows] == [16 * (i + 1) for i in range(6)]
-    expected = {*LOSSES, "attempt", "optim/lr", "optim/momentum_ema", "optim/grad_norm", "optim/skipped", "optim/temperature"}
+    assert [row["step"] for row in rows] == list(range(6)) and [row["samples"] for row in rows] == [
+        16 * (i + 1) for i in range(6)
+    ]
+    expected = {
+        *LOSSES,
+        "attempt",
+        "optim/lr",
+        "optim/momentum_ema",
+        "optim/grad_norm",
+        "optim/skipped",
+        "optim/temperature",
+    }
     expected |= {"data/wait_s", "time/step_s", "perf/samples_per_s", "perf/mem_gib"}
     expected |= {"loss/text/first", "loss/text/second", "loss/category/labelled", "loss/intra/labelled"}
     assert expected <= rows[0].keys(), expected - rows[0].keys()
@@ -70,7 +88,9 @@ def test_a_finished_run_says_so_and_changes_nothing(tiny: Path, whole: Path) -> 
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -83,7 +103,9 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_stopped_and_resumed_ends_bit_identical(number: signal.Signals, tiny: Path, whole: Path, tmp_path: Path) -> None:
+def test_stopped_and_resumed_ends_bit_identical(
+    number: signal.Signals, tiny: Path, whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     process = start("--recipe", tiny, "--out", out)
     wait_for_step(out, 2, process)

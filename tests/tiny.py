@@ -35,8 +35,15 @@ def write_data(root: Path, *, samples: int = 60) -> Path:
         with wds.TarWriter(str(root / f"{source}-000000.tar"), mtime=0, user="", group="") as writer:
             for i in range(samples):
                 colour, shape = names[i % len(names)]
-                sample = {"__key__": f"{source}{i:05d}", "png": cv2.imencode(".png", picture(colour, shape, i))[1].tobytes()}
-                sample |= {"cls": str(SHAPES.index(shape))} if source == "labelled" else {"txt": f"a {colour} {shape} number {i}"}
+                sample = {
+                    "__key__": f"{source}{i:05d}",
+                    "png": cv2.imencode(".png", picture(colour, shape, i))[1].tobytes(),
+                }
+                sample |= (
+                    {"cls": str(SHAPES.index(shape))}
+                    if source == "labelled"
+                    else {"txt": f"a {colour} {shape} number {i}"}
+                )
                 sample["json"] = json.dumps({"concept": f"{colour}-{shape}", "style": source})
                 writer.write(sample)
     return root
@@ -46,17 +53,34 @@ def recipe(data: Path, **train: object) -> dict:
     """The demo recipe's structure at the smallest size that has every part."""
     values = yaml.safe_load((ROOT / "m3i_large/recipes/demo.yaml").read_text(encoding="utf-8"))
     values["name"] = "tiny"
-    values["backbone"] = {"name": "vit", "arch": {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2}}
+    values["backbone"] = {
+        "name": "vit",
+        "arch": {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2},
+    }
     values["text"] = values["text"] | {"width": 32, "layers": 1, "heads": 2, "context_length": 16, "embed": 16}
     values["decoder"] = {"layers": 1, "heads": 2}
     values["pool"] = {"width": 32, "heads": 2}
-    values["data"] |= {"root": str(data), "embedded": False, "image_size": 32, "lanes": 4, "num_classes": 3, "threads": 1}
+    values["data"] |= {
+        "root": str(data),
+        "embedded": False,
+        "image_size": 32,
+        "lanes": 4,
+        "num_classes": 3,
+        "threads": 1,
+    }
     values["data"]["sources"] = [
         {"name": "first", "kind": "image_text", "shards": ["first-*.tar"], "quota": 2},
         {"name": "second", "kind": "image_text", "shards": ["second-*.tar"], "quota": 1},
         {"name": "labelled", "kind": "image_category", "shards": ["labelled-*.tar"], "quota": 1},
     ]
-    values["train"] = {"global_batch": 16, "contrast_batch": 16, "steps": 6, "seed": 3, "precision": "fp32", "threads": 1}
+    values["train"] = {
+        "global_batch": 16,
+        "contrast_batch": 16,
+        "steps": 6,
+        "seed": 3,
+        "precision": "fp32",
+        "threads": 1,
+    }
     values["train"] |= {"checkpoint_every": 2, "picture_every": 4, "signals_every": 3, "log_every": 1}
     values["train"] |= train
     return values

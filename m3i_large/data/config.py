@@ -34,7 +34,9 @@ class ViewConfig(BaseModel):
         if not 0 < low <= high:
             raise ValueError(f"crop_ratio: got {list(self.crop_ratio)}; needed: 0 < lowest <= highest")
         if min(self.jitter) < 0 or max(self.jitter[:3]) > 1 or self.jitter[3] > 0.5:
-            raise ValueError(f"jitter: got {list(self.jitter)}; needed: three strengths in [0, 1] and a hue in [0, 0.5]")
+            raise ValueError(
+                f"jitter: got {list(self.jitter)}; needed: three strengths in [0, 1] and a hue in [0, 0.5]"
+            )
         return self
 
 

@@ -88,7 +88,9 @@ class Loader(Iterator[Batch]):
         rows = lanes * mixture.slots
         self._text_rows = min(rows, lanes * sum(quotas[s.name] for s in sources if s.kind == "image_text"))
         self._category_rows = min(rows, lanes * sum(quotas[s.name] for s in sources if s.kind == "image_category"))
-        views.draw_partners([0] * mixture.slots, seed=seed, step=0, slots=mixture.slots, block=mix_block)  # refuse early
+        views.draw_partners(
+            [0] * mixture.slots, seed=seed, step=0, slots=mixture.slots, block=mix_block
+        )  # refuse early
         cv2.setNumThreads(1)
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="loader")
         self._next = start_step * accumulation
@@ -140,7 +142,9 @@ class Loader(Iterator[Batch]):
                     self._on_bad(source.name, number, reason, step)
                 continue
             return self._augment(views.SampleKey(self._seed, epoch, s, int(rows.id[i]), attempt), image, raw, source)
-        raise ValueError(f"source {source.name}: sample {int(rows.id[i])} and {MAX_SUBSTITUTES} substitutes are unreadable: {reason}")
+        raise ValueError(
+            f"source {source.name}: sample {int(rows.id[i])} and {MAX_SUBSTITUTES} substitutes are unreadable: {reason}"
+        )
 
     def _augment(self, sample: views.SampleKey, image: np.ndarray, raw: RawSample, source: Source) -> _Row:
         height, width = image.shape[:2]
@@ -159,7 +163,9 @@ class Loader(Iterator[Batch]):
             solarize.append(views.SOLARIZE_ABOVE if inverted else views.NO_SOLARIZE)
         category = -1 if raw.category is None else raw.category
         if category >= self._config.num_classes:
-            raise UserError(f"source {source.name}: sample {raw.key} has class {category}; needed: below data.num_classes {self._config.num_classes}")
+            raise UserError(
+                f"source {source.name}: sample {raw.key} has class {category}; needed: below data.num_classes {self._config.num_classes}"
+            )
         return _Row(
             pixels_VHWC=np.stack(pixels),
             box_V4=np.array(boxes, np.int32),

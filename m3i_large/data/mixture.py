@@ -89,7 +89,9 @@ class Mixture:
         lanes = default_lanes(global_batch) if lanes is None else lanes
         if lanes < 1 or global_batch % lanes:
             fitting = [v for v in range(1, min(global_batch, 256) + 1) if global_batch % v == 0]
-            raise ValueError(f"data.lanes: got {lanes}, which does not divide global_batch {global_batch}; needed: one of {fitting}")
+            raise ValueError(
+                f"data.lanes: got {lanes}, which does not divide global_batch {global_batch}; needed: one of {fitting}"
+            )
         if lanes % accumulation:
             raise ValueError(f"data.lanes: {lanes} lanes do not divide into {accumulation} micro-steps")
         slots = global_batch // lanes
@@ -100,7 +102,14 @@ class Mixture:
             share = quotas[s] if quotas else slots * weights[s] / total
             most = quotas[s] if quotas else math.ceil(share) + 1
             plan = SourceOrder.plan(
-                name, seed=seed, n=n, lanes=lanes, quota=share, max_quota=most, mean_bytes=mean_bytes, window_steps=window_steps
+                name,
+                seed=seed,
+                n=n,
+                lanes=lanes,
+                quota=share,
+                max_quota=most,
+                mean_bytes=mean_bytes,
+                window_steps=window_steps,
             )
             orders.append(plan)
         return cls(tuple(orders), weights, denominator, quotas, slots, lanes, accumulation)
@@ -222,7 +231,9 @@ def _weights(sources: Sequence[SourceSpec]) -> tuple[tuple[int, ...], int]:
         try:
             value = Fraction(str(repeats))
         except ValueError:
-            raise ValueError(f"data.sources.{name}.repeats: got {repeats!r}; needed: a number such as 2, 0.5 or 1/3") from None
+            raise ValueError(
+                f"data.sources.{name}.repeats: got {repeats!r}; needed: a number such as 2, 0.5 or 1/3"
+            ) from None
         if value <= 0:
             raise ValueError(f"data.sources.{name}.repeats: got {repeats}; needed: more than 0")
         exact.append(value * n)

@@ -27,7 +27,18 @@ class SourceOrder:
     c: int
 
     @classmethod
-    def plan(cls, name: str, *, seed: int, n: int, lanes: int, quota: float, max_quota: int, mean_bytes: float, window_steps: int) -> "SourceOrder":
+    def plan(
+        cls,
+        name: str,
+        *,
+        seed: int,
+        n: int,
+        lanes: int,
+        quota: float,
+        max_quota: int,
+        mean_bytes: float,
+        window_steps: int,
+    ) -> "SourceOrder":
         """Chooses the layout (SAMPLER 1): `quota` = samples per lane and step, `max_quota` = the most of them.
 
         mean_bytes: mean size of a sample, which sets the block to about 1.3 MB.

@@ -15,7 +15,9 @@ from m3i_large.errors import UserError
 # One number per purpose, so that no two purposes share a key.
 VIEW, MASK, PARTNER = 101, 102, 103
 # Places of a view's draws; a new purpose goes to the end, or every earlier run's augmentation changes.
-AREA, RATIO, TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SIGMA, SOLARIZE, NUM_DRAWS = range(15)
+AREA, RATIO, TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR, SIGMA, SOLARIZE, NUM_DRAWS = (
+    range(15)
+)
 LUMA = np.array([0.299, 0.587, 0.114])
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
 SOLARIZE_ABOVE, NO_SOLARIZE = 0.5, 2.0
@@ -63,7 +65,9 @@ def colour_affine(draws: np.ndarray, grey_mean: float, config: ViewConfig) -> np
     """
     matrix = np.eye(4)
     if draws[JITTER] < config.jitter_probability:
-        brightness, contrast, saturation = (1 + s * (2 * draws[d] - 1) for s, d in zip(config.jitter, (BRIGHTNESS, CONTRAST, SATURATION), strict=False))
+        brightness, contrast, saturation = (
+            1 + s * (2 * draws[d] - 1) for s, d in zip(config.jitter, (BRIGHTNESS, CONTRAST, SATURATION), strict=False)
+        )
         angle = 2 * np.pi * config.jitter[3] * (2 * draws[HUE] - 1)
         matrix = _linear(brightness * np.eye(3)) @ matrix
         matrix = _linear(contrast * np.eye(3), (1 - contrast) * brightness * grey_mean) @ matrix
@@ -94,11 +98,15 @@ def blur_sigma(draws: np.ndarray, image_size: int, config: ViewConfig) -> float:
 def draw_mask(sample: SampleKey, *, cells: int, ratio: float) -> np.ndarray:
     """cells x cells booleans with exactly round(ratio * cells^2) True (own image), at random places."""
     size = cells * cells
-    place = feistel(np.arange(size), size, key(MASK, sample.seed, sample.epoch, sample.source, sample.id, sample.substitute))
+    place = feistel(
+        np.arange(size), size, key(MASK, sample.seed, sample.epoch, sample.source, sample.id, sample.substitute)
+    )
     return (place < round(ratio * size)).reshape(cells, cells)
 
 
-def draw_partners(lanes: Sequence[int] | np.ndarray, *, seed: int, step: int, slots: int, block: int | None) -> np.ndarray:
+def draw_partners(
+    lanes: Sequence[int] | np.ndarray, *, seed: int, step: int, slots: int, block: int | None
+) -> np.ndarray:
     """Local row of every row's mixing partner: one random cycle inside each block of a lane -> int64 (N,).
 
     A cycle is a derangement: nobody is mixed with itself. Rows are whole lanes of `slots` rows in order, so that the
@@ -114,7 +122,9 @@ def draw_partners(lanes: Sequence[int] | np.ndarray, *, seed: int, step: int, sl
     block = slots if block is None else block
     if block < 2 or slots % block:
         fitting = [b for b in range(2, slots + 1) if slots % b == 0]
-        raise UserError(f"objective.mix.block: got {block}; needed: a divisor of the {slots} rows of a lane that is 2 or more: {fitting}")
+        raise UserError(
+            f"objective.mix.block: got {block}; needed: a divisor of the {slots} rows of a lane that is 2 or more: {fitting}"
+        )
     partner = np.empty(len(lanes), np.int64)
     for start in range(0, len(lanes), block):
         keys = key(PARTNER, seed, step, int(lanes[start]), start % slots // block)

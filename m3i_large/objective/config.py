@@ -48,7 +48,9 @@ class ObjectiveConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     mix: MixConfig = MixConfig()
-    terms: list[TermConfig] = Field(default_factory=lambda: [TermConfig(name=n) for n in ("intra", "inter", "category", "text")])
+    terms: list[TermConfig] = Field(
+        default_factory=lambda: [TermConfig(name=n) for n in ("intra", "inter", "category", "text")]
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "ObjectiveConfig":

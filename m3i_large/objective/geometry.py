@@ -40,5 +40,10 @@ def relative_position(
     differ = flip_NV[:, input_view] != flip_NV[:, target_view]
     col_NG = torch.where(differ[:, None], mirrored_NG, same_NG)
     shape = (len(box), grid, grid)
-    parts = (row_NG[:, :, None], col_NG[:, None, :], 10 * scale_h.log()[:, None, None], 10 * scale_w.log()[:, None, None])
+    parts = (
+        row_NG[:, :, None],
+        col_NG[:, None, :],
+        10 * scale_h.log()[:, None, None],
+        10 * scale_w.log()[:, None, None],
+    )
     return torch.stack([p.expand(shape) for p in parts], dim=-1).flatten(1, 2).float()

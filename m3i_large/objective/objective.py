@@ -60,7 +60,9 @@ class Objective(nn.Module):
         self.mean, self.std, self.num_sources, self.compute_dtype = mean, std, num_sources, compute_dtype
         patch, stride, size = config.mix.patch, student.token_stride, student.image_size
         if patch % stride or size % patch:
-            raise UserError(f"objective.mix.patch: got {patch}; needed: a multiple of the token stride {stride} that divides {size}")
+            raise UserError(
+                f"objective.mix.patch: got {patch}; needed: a multiple of the token stride {stride} that divides {size}"
+            )
         self.grid: int = student.grid
         cells = (size // patch) ** 2
         self.num_own = round(config.mix.ratio * cells) * (patch // stride) ** 2
@@ -147,7 +149,9 @@ class Objective(nn.Module):
         for term in self.config.terms:
             if term.name in DENSE:
                 moment = moment_DD if term.decorrelation else None
-                loss_N = gaussian(predicted[term.name], feature_NLD, moment_DD=moment, strength=term.decorrelation or 0.0)
+                loss_N = gaussian(
+                    predicted[term.name], feature_NLD, moment_DD=moment, strength=term.decorrelation or 0.0
+                )
                 rows[term.name] = (loss_N, everyone)
         return rows
 

@@ -55,7 +55,9 @@ def read_ds_config(path: Path, sizes: StepSizes, *, world: int) -> dict[str, Any
     Raises UserError where the file is missing, is no JSON, or sets a recipe's key to another value.
     """
     if not path.is_file():
-        raise UserError(f"--ds: got {path}, which does not exist; needed: a DeepSpeed JSON file such as ds_configs/zero3.json")
+        raise UserError(
+            f"--ds: got {path}, which does not exist; needed: a DeepSpeed JSON file such as ds_configs/zero3.json"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -73,12 +75,16 @@ def read_ds_config(path: Path, sizes: StepSizes, *, world: int) -> dict[str, Any
     }
     for key, source in RECIPE_KEYS.items():
         if key in config and config[key] not in ("auto", ours.get(key)):
-            raise UserError(f"--ds: {path} sets {key} to {config[key]!r} but the recipe ({source}) says {ours.get(key)!r}; remove it")
+            raise UserError(
+                f"--ds: {path} sets {key} to {config[key]!r} but the recipe ({source}) says {ours.get(key)!r}; remove it"
+            )
     stage = config.get("zero_optimization", {}).get("stage")
     if stage != 3:
         raise UserError(f"--ds: {path} sets zero_optimization.stage to {stage!r}; needed: 3")
     if "offload_optimizer" in config["zero_optimization"] or "offload_param" in config["zero_optimization"]:
-        raise UserError(f"--ds: {path} asks for offload, which is not supported yet; needed: a configuration without offload_*")
+        raise UserError(
+            f"--ds: {path} asks for offload, which is not supported yet; needed: a configuration without offload_*"
+        )
     return {**config, **ours}
 
 

@@ -49,7 +49,9 @@ class ShardedEMA:
     def state(self) -> dict[str, Slice]:
         """Slices of the fp32 average, keyed `ema/<name in the engine's module>`."""
         return {
-            f"ema/{self._prefix}.{name}": Slice(full_shape(twin), self._engine.master(parameter).offset, self._shadow[name])
+            f"ema/{self._prefix}.{name}": Slice(
+                full_shape(twin), self._engine.master(parameter).offset, self._shadow[name]
+            )
             for name, (parameter, twin) in self._pairs.items()
         }
 

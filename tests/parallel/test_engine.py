@@ -45,7 +45,10 @@ class Pair(nn.Module):
         with torch.no_grad():
             wanted = self.target(x)
         seen = self.student(x)
-        return {"loss": (seen - wanted.detach() - 0.3).square().mean() + self.head(seen).square().mean(), "seen": wanted}
+        return {
+            "loss": (seen - wanted.detach() - 0.3).square().mean() + self.head(seen).square().mean(),
+            "seen": wanted,
+        }
 
 
 def rows(step: int) -> torch.Tensor:
@@ -54,7 +57,9 @@ def rows(step: int) -> torch.Tensor:
 
 def ds_file(directory: Path, *, persistence: int, **more: object) -> Path:
     path = directory / f"zero3_{persistence}.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": persistence}, **more}))
+    path.write_text(
+        json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": persistence}, **more})
+    )
     return path
 
 
@@ -147,7 +152,9 @@ def plain_training() -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("persistence", "remat"), [(0, True), (100_000, False)])
-def test_zero3_equals_plain_torch_and_resumes_at_other_world_sizes(tmp_path: Path, persistence: int, remat: bool) -> None:
+def test_zero3_equals_plain_torch_and_resumes_at_other_world_sizes(
+    tmp_path: Path, persistence: int, remat: bool
+) -> None:
     expected = plain_training()
     two = run_ranks(2, train_and_save, tmp_path, persistence, remat)
     torch.testing.assert_close(two[0]["losses"], expected["losses"], rtol=1e-4, atol=1e-6)
@@ -216,7 +223,12 @@ SIZES = StepSizes(micro_batch=4, accumulation=2, clip=1.0, bf16=True)
 
 
 def test_a_configuration_that_contradicts_the_recipe_is_refused(tmp_path: Path) -> None:
-    for key, value in {"train_batch_size": 7, "gradient_clipping": 3.0, "bf16": {"enabled": False}, "optimizer": {"type": "Adam"}}.items():
+    for key, value in {
+        "train_batch_size": 7,
+        "gradient_clipping": 3.0,
+        "bf16": {"enabled": False},
+        "optimizer": {"type": "Adam"},
+    }.items():
         with pytest.raises(UserError, match=key):
             read_ds_config(ds_file(tmp_path, persistence=0, **{key: value}), SIZES, world=2)
     config = read_ds_config(ds_file(tmp_path, persistence=0, train_batch_size=16), SIZES, world=2)
