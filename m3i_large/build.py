@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ def build_objective(
     needs = recipe.objective
     pooled, labelled, texts = needs.has("category") or needs.has("text"), needs.has("category"), needs.has("text")
     torch.manual_seed(recipe.train.seed)
-    student = create_model(recipe.backbone.name, **recipe.backbone.arch)
+    student: Any = create_model(recipe.backbone.name, **recipe.backbone.arch)
     target = copy.deepcopy(student).requires_grad_(False) if needs.dense else None
     text = TextTower(recipe.text) if texts else None
     decoder = DenseDecoder(student.width, recipe.decoder) if needs.dense else None

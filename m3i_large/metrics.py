@@ -77,23 +77,28 @@ def environment(*, world: int, device: torch.device, precision: str, threads: in
 
 
 class MetricsWriter:
-    """Writes metrics.jsonl and events.jsonl of a run directory, and the same scalars to TensorBoard and wandb."""
+    """Writes metrics.jsonl and events.jsonl of a run directory, and the same scalars to TensorBoard and wandb.
 
-    def __init__(self, run: Path, *, attempt: int, tensorboard: bool = True, wandb_project: str | None = None) -> None:
-        self._run, self._attempt = run, attempt
+    Only the first rank writes; on the others (`enabled` False) every call does nothing.
+    """
+
+    def __init__(self, run: Path, *, attempt: int, enabled: bool, wandb_project: str | None = None) -> None:
+        self._run, self._attempt, self._enabled = run, attempt, enabled
         self._board: Any = None
         self._wandb: Any = None
-        if tensorboard:
+        if enabled:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run / "tensorboard"))
-        if wandb_project is not None:
+        if enabled and wandb_project is not None:
             import wandb
 
             self._wandb = wandb.init(project=wandb_project, name=run.name, dir=str(run), resume="allow", id=run.name)
 
     def log(self, row: dict[str, Any]) -> None:
         """One optimizer step; `step` is the step's index, floats are logged as scalars."""
+        if not self._enabled:
+            return
         append_row(self._run / "metrics.jsonl", {**row, "attempt": self._attempt})
         scalars = {k: v for k, v in row.items() if isinstance(v, float) and math.isfinite(v)}
         if self._board is not None:
@@ -104,6 +109,8 @@ class MetricsWriter:
 
     def event(self, kind: str, *, step: int, **details: Any) -> None:
         """A row of events.jsonl: start, resume, save, skip, preempt, incident or end."""
+        if not self._enabled:
+            return
         row = {"event": kind, "step": step, "attempt": self._attempt, "time": time.time(), **details}
         append_row(self._run / "events.jsonl", row)
 

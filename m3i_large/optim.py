@@ -11,7 +11,7 @@ from m3i_large.schedule import LearningRateConfig
 
 
 class OptimConfig(BaseModel):
-    """AdamW and its schedule; the defaults are SiameseIM's published ViT-B recipe (METHOD: ours where M3I is silent)."""
+    """AdamW and its schedule; the defaults are SiameseIM's published ViT-B recipe, as the paper is silent here."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,6 +1,7 @@
 """Pictures of what the student sees, written during training."""
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,7 +19,11 @@ def write_mix_picture(directory: Path, batch: Batch, recipe: Recipe, *, columns:
     Rows: own image (target view), partner's image (other view), the mixed input, and the mask (white = own).
     """
     mean, std = recipe.data.mean, recipe.data.std
-    settings = {"colour_NV34": batch.colour_NV34, "solarize_NV": batch.solarize_NV, "flip_NV": batch.flip_NV}
+    settings: dict[str, Any] = {
+        "colour_NV34": batch.colour_NV34,
+        "solarize_NV": batch.solarize_NV,
+        "flip_NV": batch.flip_NV,
+    }
     settings |= {"partner_N": batch.partner_N, "mean": mean, "std": std, "dtype": torch.float32}
     views = (batch.target_NHWC, batch.other_NHWC)
     mixed, own = patch_mix(*views, mask_NPP=batch.mask_NPP, **settings)

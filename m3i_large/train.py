@@ -65,7 +65,7 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank) -> Ou
     saved = checkpoint.Checkpoint(run.resume_from) if run.resume_from else None
     mixture = restore_mixture(saved, sources) if saved else plan_mixture(recipe, sources)
     check_world(mixture, rank.world)
-    steps = recipe.train.steps or mixture.steps_for_epochs(recipe.train.epochs)
+    steps = recipe.train.steps or mixture.steps_for_epochs(recipe.train.epochs or 0)
     progress = Progress(run.directory, total=steps, enabled=rank.is_first, every=recipe.train.log_every)
     if saved and saved.step >= steps and read_exit(out).get("outcome") == "finished":
         progress.say(f"{out} is finished: {steps} of {steps} steps; nothing to do")
@@ -108,7 +108,7 @@ class Loop:
         """Steps from `start` to the end; saves on the way, at a stop signal and at the end."""
         recipe, engine = self.recipe.train, self.engine
         writer = self._writer()
-        writer and writer.event("resume" if start else "start", step=start, world=self.rank.world)
+        writer.event("resume" if start else "start", step=start, world=self.rank.world)
         outcome: Outcome = "finished"
         step = start
         for step in range(start, self.steps):
@@ -134,16 +134,16 @@ class Loop:
             row = totals.row(self.rank, self.mixture.source_names)
             row |= self._timing(began, waited) | {"optim/momentum_ema": momentum, "optim/grad_norm": engine.grad_norm}
             row |= {"optim/lr": engine.group_settings()[0]["lr"], "optim/skipped": self.skipped}
-            writer and writer.log({"step": step, "samples": (step + 1) * recipe.global_batch, **row})
+            writer.log({"step": step, "samples": (step + 1) * recipe.global_batch, **row})
             self.progress.update(step, row)
             stopping = any_rank(stop.requested, self.rank)
             done = step + 1
             if stopping or done == self.steps or done % recipe.checkpoint_every == 0:
                 self.save(done)
-                writer and writer.event("save", step=done)
+                writer.event("save", step=done)
             if stopping and done < self.steps:
                 outcome = "interrupted"
-                writer and writer.event("preempt", step=done, signal=stop.name)
+                writer.event("preempt", step=done, signal=stop.name)
                 break
         return self._end(outcome, step=step + 1, writer=writer)
 
@@ -171,23 +171,21 @@ class Loop:
             keep=recipe.train.checkpoint_keep,
         )
 
-    def _writer(self) -> MetricsWriter | None:
-        if not self.rank.is_first:
-            return None
-        run = self.directory
-        return MetricsWriter(run.directory, attempt=run.attempt, wandb_project=self.recipe.train.wandb_project)
+    def _writer(self) -> MetricsWriter:
+        run, project = self.directory, self.recipe.train.wandb_project
+        return MetricsWriter(run.directory, attempt=run.attempt, enabled=self.rank.is_first, wandb_project=project)
 
     def _clamp_temperature(self) -> None:
         if self.recipe.objective.has("text"):
             self.engine.clamp(LOG_SCALE, *LOG_SCALE_BOUNDS)
 
-    def _count(self, applied: bool, step: int, writer: MetricsWriter | None) -> None:
+    def _count(self, applied: bool, step: int, writer: MetricsWriter) -> None:
         """Counts steps whose gradients were not finite; the weights and the average stay as they were."""
         if applied:
             return
         self.skipped += 1
         self.skipped_steps.append(step)
-        writer and writer.event("skip", step=step)
+        writer.event("skip", step=step)
         row = self.recipe.train.max_skipped
         if self.skipped_steps[-row:] == list(range(step - row + 1, step + 1)):
             raise FloatingPointError(
@@ -218,11 +216,11 @@ class Loop:
         rate = self.recipe.train.global_batch / seconds
         return {"data/wait_s": waited, "time/step_s": seconds, "perf/samples_per_s": rate, "perf/mem_gib": memory}
 
-    def _end(self, outcome: Outcome, *, step: int, writer: MetricsWriter | None) -> Outcome:
+    def _end(self, outcome: Outcome, *, step: int, writer: MetricsWriter) -> Outcome:
         self.progress.close()
-        if writer:
-            writer.event("end", step=step, outcome=outcome)
-            writer.close()
+        writer.event("end", step=step, outcome=outcome)
+        writer.close()
+        if self.rank.is_first:
             self.directory.ended(outcome, step=step)
         barrier()
         return outcome
@@ -314,7 +312,8 @@ def check_world(mixture: Mixture, world: int) -> None:
     """Refuses a number of ranks that would change a micro-step's contents."""
     if world not in (valid := mixture.valid_world_sizes()):
         raise UserError(
-            f"ranks: got {world}; needed: one of {', '.join(map(str, valid))} (ranks x accumulation divides {mixture.lanes} lanes)"
+            f"ranks: got {world}; needed: one of {', '.join(map(str, valid))} "
+            f"(ranks x accumulation must divide {mixture.lanes} lanes)"
         )
 
 

@@ -76,7 +76,7 @@ def test_the_run_directory_holds_what_the_contract_says(whole: Path) -> None:
     assert expected <= rows[0].keys(), expected - rows[0].keys()
     assert {"collapse/intra/std", "collapse/intra/rank"} <= rows[0].keys() and "collapse/intra/std" not in rows[1]
     assert read_exit(whole)["outcome"] == "finished" and read_exit(whole)["step"] == 6
-    assert [e["event"] for e in read_rows(whole / "events.jsonl")][0] == "start"
+    assert next(e["event"] for e in read_rows(whole / "events.jsonl")) == "start"
     assert sorted(p.name for p in (whole / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000006"]
 
 

@@ -19,7 +19,7 @@ def decode_rgb(data: bytes) -> np.ndarray:
     if image is None:
         raise ValueError(f"{len(data)} bytes that are no image")
     if image.dtype != np.uint8:
-        image = (image >> 8).astype(np.uint8) if image.dtype == np.uint16 else cv2.convertScaleAbs(image, alpha=255)
+        image = (image // 256).astype(np.uint8) if image.dtype == np.uint16 else cv2.convertScaleAbs(image, alpha=255)
     if image.ndim == 2:
         return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     if image.shape[2] == 4:

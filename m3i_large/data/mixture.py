@@ -1,7 +1,7 @@
-"""The mixture of sources as a pure function of (seed, step): who reads which sample, at any number of ranks (SAMPLER 0-4).
+"""The mixture of sources as a pure function of (seed, step): who reads which sample, at any number of ranks.
 
-A step consumes k_s * V consecutive positions of every source s; lane v gets the positions q with q mod V == v. Ranks own
-whole lanes, micro-steps take every A-th lane, so what a micro-step holds never depends on the number of ranks.
+A step consumes k_s * V consecutive positions of every source s; lane v gets the positions q with q mod V == v. Ranks
+own whole lanes, micro-steps take every A-th lane, so what a micro-step holds never depends on the number of ranks.
 """
 
 import math

@@ -124,4 +124,4 @@ class SourceOrder:
 def _phase(lanes: int) -> int:
     """An integer near 0.618 V coprime to V: staggers the lanes' windows."""
     start = max(1, round(0.618 * lanes))
-    return next((c for d in range(lanes) for c in (start - d, start + d) if 0 < c and math.gcd(c, lanes) == 1), 1)
+    return next((c for d in range(lanes) for c in (start - d, start + d) if c > 0 and math.gcd(c, lanes) == 1), 1)

@@ -123,7 +123,7 @@ def draw_partners(
     if block < 2 or slots % block:
         fitting = [b for b in range(2, slots + 1) if slots % b == 0]
         raise UserError(
-            f"objective.mix.block: got {block}; needed: a divisor of the {slots} rows of a lane that is 2 or more: {fitting}"
+            f"objective.mix.block: got {block}; needed: a divisor, 2 or more, of the {slots} rows of a lane: {fitting}"
         )
     partner = np.empty(len(lanes), np.int64)
     for start in range(0, len(lanes), block):

@@ -3,9 +3,11 @@
 Legend: N local rows, L = G * G tokens, K own and L - K foreign tokens of a mixed image, D width, E pooled width,
 F shared image-text width, T text tokens, V views, 2N = rows seen as image i (own part), then as image j (foreign part).
 
-Every loss is a mean over all valid rows of all ranks. A rank returns world * (sum of its rows) / (global count), so that
-the mean over ranks, which ZeRO takes of the gradients, is the global mean.
+Every loss is a mean over all valid rows of all ranks. A rank returns world * (sum of its rows) / (global count), so
+that the mean over ranks, which ZeRO takes of the gradients, is the global mean.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +38,20 @@ class Objective(nn.Module):
         UserError: a mask cell that is no multiple of a token, or does not tile the image.
     """
 
+    # Towers are arguments with the interface of models/; torch would type these attributes as Tensor | Module.
+    student: Any
+    target: Any
+    text: Any
+    decoder: Any
+    pool: Any
+    category_head: Any
+    text_head: Any
+
     def __init__(
         self,
         config: ObjectiveConfig,
         *,
-        student: nn.Module,
+        student: Any,
         target: nn.Module | None,
         text: nn.Module | None,
         decoder: nn.Module | None,
@@ -145,7 +156,7 @@ class Objective(nn.Module):
         predicted_i, predicted_j = self._decode(token_NLD, (own_NK, foreign_NK), (query_i, query_j), plain_L4)
         predicted = {"intra": predicted_i, "inter": predicted_j[image_of_j]}
         everyone = torch.ones(len(batch), dtype=torch.bool, device=token_NLD.device)
-        rows = {}
+        rows: dict[str, tuple[Tensor, Tensor]] = {}
         for term in self.config.terms:
             if term.name in DENSE:
                 moment = moment_DD if term.decorrelation else None
@@ -164,7 +175,8 @@ class Objective(nn.Module):
         if parts[0].shape == parts[1].shape:
             both = self.decoder(torch.cat(context), torch.cat(position), torch.cat(queries))
             return both.chunk(2)
-        return tuple(self.decoder(c, p, q) for c, p, q in zip(context, position, queries, strict=True))
+        own, foreign = (self.decoder(c, p, q) for c, p, q in zip(context, position, queries, strict=True))
+        return own, foreign
 
     def _pooled(self, token_NLD: Tensor, own_NK: Tensor, foreign_NK: Tensor) -> tuple[Tensor, Tensor]:
         own, foreign = _take(token_NLD, own_NK), _take(token_NLD, foreign_NK)
@@ -178,7 +190,8 @@ class Objective(nn.Module):
         index_n, real_n = _select(valid_N, batch.category_rows)
         logit = self.category_head(torch.cat([pooled_i[index_n], pooled_j[index_n]]))
         label_n = batch.category_N[index_n].clamp_min(0)
-        loss_n = sum(boltzmann(part, label_n) for part in logit.chunk(2))
+        logit_i, logit_j = logit.chunk(2)
+        loss_n = boltzmann(logit_i, label_n) + boltzmann(logit_j, label_n)
         return _scatter(loss_n, index_n, real_n, len(batch)), valid_N
 
     def _text_rows(self, batch: Batch, pooled_i: Tensor, pooled_j: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -208,7 +221,7 @@ class Objective(nn.Module):
         total = torch.zeros((), device=batch.box_NV4.device)
         local = torch.stack([valid.sum() for _, valid in rows.values()]).float()
         counts = self.collectives.all_reduce_sum(local).clamp_min(1)
-        weights = {term.name: term.weight for term in self.config.terms}
+        weights: dict[str, float] = {term.name: term.weight for term in self.config.terms}
         for (name, (loss_N, valid_N)), count in zip(rows.items(), counts, strict=True):
             loss_N = torch.where(valid_N, loss_N, torch.zeros_like(loss_N))
             loss = self.collectives.world * loss_N.sum() / count

@@ -76,7 +76,8 @@ def read_ds_config(path: Path, sizes: StepSizes, *, world: int) -> dict[str, Any
     for key, source in RECIPE_KEYS.items():
         if key in config and config[key] not in ("auto", ours.get(key)):
             raise UserError(
-                f"--ds: {path} sets {key} to {config[key]!r} but the recipe ({source}) says {ours.get(key)!r}; remove it"
+                f"--ds: {path} sets {key} to {config[key]!r}, but the recipe ({source}) says {ours.get(key)!r}; "
+                f"remove it from {path.name}"
             )
     stage = config.get("zero_optimization", {}).get("stage")
     if stage != 3:

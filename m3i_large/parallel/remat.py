@@ -14,4 +14,4 @@ def rematerialize(blocks: Iterable[nn.Module]) -> None:
     recomputation. Nothing random happens in a block (dropout is 0), so no generator state is saved.
     """
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
