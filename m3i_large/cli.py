@@ -1,6 +1,7 @@
 """Commands: `m3i ...` and what the launchers call. Exit status 0 success, 2 user error (one line), 1 anything else."""
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -10,7 +11,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
+from rich.table import Column, Table
 
 from m3i_large.errors import UserError
 
@@ -53,7 +55,7 @@ def pretrain(arguments: list[str]) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         if not options.ds.is_file():
             raise UserError(
-                f"--ds: got {options.ds}, which does not exist; needed: a DeepSpeed JSON file such as ds_configs/zero3.json"
+                f"--ds: got {options.ds}, which does not exist; needed: a file such as ds_configs/zero3.json"
             )
         # Importing the trainer takes seconds (DeepSpeed, transformers): only once the arguments make sense.
         from m3i_large.parallel.comm import start_distributed, stop_distributed
@@ -88,13 +90,91 @@ def data_demo(root: Annotated[Path, typer.Option(help="Directory to build.")] = 
     from m3i_large.data.demo import build_demo_data
 
     with Progress() as bar:
-        tasks: dict[str, object] = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(stage: str, done: int, total: int) -> None:
-            task = tasks.setdefault(stage, bar.add_task(stage, total=total))
-            bar.update(task, completed=done)  # type: ignore[arg-type]
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
 
         build_demo_data(root, progress=show)
+
+
+@app.command("eval")
+def evaluate_command(
+    kind: Annotated[str, typer.Argument(help="retrieval, zeroshot, categories or styles; several joined by commas.")],
+    path: Annotated[Path, typer.Argument(help="Run or checkpoint directory.")],
+    data: Annotated[Path, typer.Option(help="Directory of shards.")],
+    branch: Annotated[str, typer.Option(help="student, or target for the moving average.")] = "student",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Evaluates without fine-tuning, beside chance and the untrained model."""
+    from m3i_large.evaluate import evaluate
+
+    results = evaluate(kind.split(","), path, data=data, branch=branch)
+    if as_json:
+        print(json.dumps(results[0] if len(results) == 1 else results))
+        return
+    table = Table(
+        Column("figure", no_wrap=True),
+        "samples",
+        "trained",
+        "untrained",
+        "chance",
+        "x chance",
+        title=f"{path} on {data}",
+    )
+    for result in results:
+        for name, value in result["values"].items():
+            chance = result["chance"][name]
+            row = (value, result["untrained"][name], chance)
+            table.add_row(
+                f"{result['kind']} {name}",
+                str(result["num_samples"]),
+                *(f"{v:.1%}" for v in row),
+                f"{value / chance:.1f}",
+            )
+    Console().print(table)
+
+
+@app.command("report")
+def report_command(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Writes report.html into a run directory: one file that opens from disk."""
+    from m3i_large.report import write_report
+
+    print(f"report: {write_report(run)}")
+
+
+@app.command("study")
+def study_command(
+    recipe: Annotated[str, typer.Argument(help="Recipe name or file.")],
+    data: Annotated[Path, typer.Option(help="Directory of shards to evaluate on.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Recipe fields to change, a.b=value.")] = None,
+    ds: Annotated[Path, typer.Option(help="DeepSpeed JSON file.")] = Path("ds_configs/zero3.json"),
+    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... to train.")] = 3,
+    out: Annotated[Path, typer.Option(help="Directory for the runs.")] = Path("runs/study"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Trains and evaluates a recipe under several seeds; prints mean and spread of every figure."""
+    from m3i_large.study import run_study
+
+    rows = run_study(recipe, data=data, ds=ds, seeds=seeds, out=out, overrides=overrides or [])
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(
+        Column("figure", no_wrap=True),
+        "mean",
+        "sd",
+        "untrained",
+        "chance",
+        "x chance",
+        title=f"{recipe}, {seeds} seeds, {data}",
+    )
+    for row in rows:
+        shown = (f"{row[key]:.1%}" for key in ("mean", "sd", "untrained", "chance"))
+        table.add_row(row["figure"], *shown, f"{row['mean'] / row['chance']:.1f}")
+    Console().print(table)
 
 
 def main() -> None:

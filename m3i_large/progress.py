@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 
@@ -30,7 +30,7 @@ class Progress:
             TextColumn("{task.fields[values]}"),
         )
         self._bar = Bar(*columns, console=self._console) if enabled and self._console.is_terminal else None
-        self._task = None
+        self._task: TaskID | None = None
 
     def say(self, text: str) -> None:
         """One line."""

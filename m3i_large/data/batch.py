@@ -49,5 +49,7 @@ class Batch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Returns a copy whose tensors are on `device`."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v for k, v in values.items()}
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=non_blocking) if isinstance(v, Tensor) else v for k, v in values.items()
+        }
         return Batch(**moved)

@@ -164,7 +164,8 @@ class Loader(Iterator[Batch]):
         category = -1 if raw.category is None else raw.category
         if category >= self._config.num_classes:
             raise UserError(
-                f"source {source.name}: sample {raw.key} has class {category}; needed: below data.num_classes {self._config.num_classes}"
+                f"source {source.name}: sample {raw.key} has class {category}; "
+                f"needed: below data.num_classes {self._config.num_classes}"
             )
         return _Row(
             pixels_VHWC=np.stack(pixels),

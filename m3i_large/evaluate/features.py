@@ -1,0 +1,113 @@
+"""Pictures, names and labels of a directory of shards, and what a model makes of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3i_large.data.decode import decode_rgb
+from m3i_large.data.index import index_shard
+from m3i_large.data.sources import Kind, SourceConfig, open_sources
+from m3i_large.data.tokenizer import Tokenizer
+from m3i_large.errors import UserError
+from m3i_large.objective import Objective
+from m3i_large.recipe import Recipe
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All samples of one kind in a directory, decoded and resized.
+
+    Attributes:
+        pixels_NHWC: uint8, image_size square.
+        captions: of image_text samples, else empty.
+        labels_N: class of image_category samples, else empty.
+        meta: the samples' `.json` (concept, style, ...).
+    """
+
+    pixels_NHWC: Tensor
+    captions: list[str]
+    labels_N: Tensor
+    meta: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.pixels_NHWC)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a model makes of samples: pooled_NE image vectors, and where it has such heads the shared image-text space
+    (image_NF, text_NF, both of length 1) and category logits (N, C)."""
+
+    pooled_NE: Tensor
+    image_NF: Tensor | None = None
+    text_NF: Tensor | None = None
+    logit_NC: Tensor | None = None
+
+
+def read_samples(directory: Path, kind: Kind, *, image_size: int) -> Samples:
+    """Reads every shard of `directory` whose samples have what `kind` needs.
+
+    Raises:
+        UserError: no such directory, no shard, or none of that kind.
+    """
+    if not directory.is_dir():
+        raise UserError(f"--data: got {directory}, which is no directory; needed: one with .tar shards")
+    names = sorted(path.name for path in directory.glob("*.tar"))
+    needed = {"image_text": "txt", "image_category": "cls"}.get(kind)
+    fitting = [n for n in names if any(needed is None or needed in s.parts for s in index_shard(directory / n).samples)]
+    if not fitting:
+        raise UserError(
+            f"--data: got {directory}, which has no .tar shard with .{needed or 'json'}; needed: at least one"
+        )
+    (source,) = open_sources([SourceConfig(name="evaluation", kind=kind, shards=fitting)], directory)
+    raws = [source.read(i) for i in range(source.num_samples)]
+    pixels = [_resize(decode_rgb(raw.image), image_size) for raw in raws]
+    return Samples(
+        pixels_NHWC=torch.from_numpy(np.stack(pixels)),
+        captions=[raw.text for raw in raws if raw.text is not None],
+        labels_N=torch.tensor([raw.category for raw in raws if raw.category is not None], dtype=torch.int64),
+        meta=[raw.meta for raw in raws],
+    )
+
+
+def _resize(image_HWC: np.ndarray, size: int) -> np.ndarray:
+    """The whole picture as a square: shorter side to `size`, then the centre."""
+    height, width = image_HWC.shape[:2]
+    scale = size / min(height, width)
+    shape = (max(size, round(width * scale)), max(size, round(height * scale)))
+    resized = cv2.resize(image_HWC, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+    return np.ascontiguousarray(resized[top : top + size, left : left + size])
+
+
+@torch.no_grad()
+def encode(
+    objective: Objective, recipe: Recipe, samples: Samples, *, progress: Callable[[int], None] | None = None
+) -> Features:
+    """Pools the student's tokens of whole, unmixed pictures and applies the heads that the objective has."""
+    if objective.pool is None:
+        raise UserError("evaluation: the recipe has neither a text nor a category term, so there is no pooled feature")
+    mean, std = torch.tensor(recipe.data.mean), torch.tensor(recipe.data.std)
+    pooled = []
+    for chunk in samples.pixels_NHWC.split(BATCH):
+        image = ((chunk.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+        pooled.append(objective.pool(objective.student.tokens(image)))
+        if progress:
+            progress(len(chunk))
+    pooled_NE = torch.cat(pooled)
+    logit_NC = objective.category_head(pooled_NE) if objective.category_head is not None else None
+    if objective.text_head is None or not samples.captions:
+        return Features(pooled_NE, logit_NC=logit_NC)
+    tokens = Tokenizer(context_length=recipe.text.context_length).encode(samples.captions)
+    text_NW = torch.cat([objective.text(chunk) for chunk in tokens.split(BATCH)])
+    image_NF, text_NF, _ = objective.text_head(pooled_NE, text_NW)
+    return Features(pooled_NE, F.normalize(image_NF, dim=-1), F.normalize(text_NF, dim=-1), logit_NC)
