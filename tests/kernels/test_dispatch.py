@@ -110,6 +110,16 @@ def test_fused_implementation_runs_where_it_can(fused: list[float], monkeypatch:
     assert fused == [0.5]
 
 
+def test_compiled_code_follows_the_switch(fused: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    compiled = torch.compile(lambda x, y: ema_update(x, y, momentum=0.5), backend="aot_eager", fullgraph=True)
+    ema = torch.ones(2)
+    compiled(ema, torch.zeros(2))
+    with use_backend("triton"):
+        compiled(ema, torch.zeros(2))
+    assert ema.tolist() == [0.5, 0.5] and fused == [0.5]
+
+
 def test_without_triton(fused: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
     assert resolve("ema_update", "cuda") == "reference"

@@ -8,12 +8,11 @@ from m3i_kernels.dispatch import implementation
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@torch.no_grad()
 def ema_update(ema: Tensor, source: Tensor, *, momentum: float, out: Tensor | None = None) -> None:
     """Updates an exponential moving average in place: ema = momentum * ema + (1 - momentum) * source.
 
     The average stays in fp32: in bf16 a step of 1 - momentum is below the rounding and the average stands still
-    (M3I section 3.4 uses momentum 0.995 to 1). Never differentiated.
+    (M3I section 3.4 uses momentum 0.995 to 1). Not differentiable: autograd does not see the update.
 
     Args:
         ema: fp32, any shape, any strides.
