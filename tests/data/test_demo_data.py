@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 from resvg_py import svg_to_bytes
 
-from m3i_large.data.demo import DemoSummary, build_demo_data
+from m3i_large.data.demo import DemoSummary, _is_used, _render, _select, build_demo_data
 from m3i_large.data.drawings import (
     SPLITS,
     STYLES,
+    Concept,
     caption,
     concept_code,
     concept_family,
@@ -42,6 +43,10 @@ def samples_of(demo: DemoSummary, split: str, source: str) -> list[RawSample]:
     kind = "image_category" if source == "category" else "image_text"
     opened = Source.open(SourceConfig(name=source, kind=kind, shards=f"{split}/{source}-*.tar"), demo.root)
     return [opened.read(i) for i in range(len(opened))]
+
+
+def concept_in(family: str, name: str, *, code: str = "1") -> Concept:
+    return Concept(code=code, name=name, family=family, group=None, subgroup=None, tones=0)
 
 
 def decode(image: bytes) -> np.ndarray:
@@ -171,6 +176,32 @@ def test_every_query_has_one_right_answer(demo: DemoSummary) -> None:
         assert {s.text for s in by_style["openmoji"]} == {s.text for s in by_style["twemoji"]}
 
 
+def test_names_and_pictures_that_repeat_are_left_out_of_the_held_out_splits() -> None:
+    family = next(f"family {i}" for i in range(1000) if concept_in(f"family {i}", "x").split == "heldout")
+    named = [("1", "a"), ("2", "b"), ("3", "a"), ("4", "c"), ("5", "d"), ("6", "e")]
+    pictures = {(style, code): f"{style}{code}".encode() for style in STYLES for code, _ in named}
+    pictures["twemoji", "4"] = pictures["twemoji", "2"]  # "c" looks like "b" in one style
+    del pictures["openmoji", "5"]  # "d" is drawn in one style only
+    concepts = [concept_in(family, name, code=code) for code, name in named]
+    assert [c.code for c in _select(concepts, "heldout", pictures)] == ["1", "2", "6"]
+    assert _select(concepts, "valid", pictures) == _select(concepts, "train", pictures) == []
+
+
+def test_the_whole_data_set_is_selected_as_described() -> None:
+    """On all concepts, with the drawings' sources in place of their pictures."""
+    pictures = {key: file.read_bytes() for key, file in find_drawings().items()}
+    concepts = [c for c in read_concepts() if _is_used(c) and any((style, c.code) in pictures for style in STYLES)]
+    chosen = {split: _select(concepts, split, pictures) for split in SPLITS}
+    assert chosen["train"] == [c for c in concepts if c.split == "train"] and len(chosen["train"]) > 2500
+    for split in ("valid", "heldout"):
+        assert 150 < sum(not c.is_territory for c in chosen[split]) < 200
+        assert not any(c.tones for c in chosen[split])
+        for style in STYLES:
+            assert len({pictures[style, c.code] for c in chosen[split]}) == len(chosen[split])
+    # OpenMoji has one drawing for both.
+    assert len({"artist", "man artist"} & {c.name for c in chosen["heldout"]}) == 1
+
+
 def test_training_pairs_have_tones_but_no_two_and_no_flags(demo: DemoSummary) -> None:
     named = {c.code: c for c in read_concepts()}
     for style in STYLES:
@@ -207,8 +238,6 @@ def test_pictures_show_the_drawing_in_its_colours_on_white(demo: DemoSummary) ->
 
 
 def test_a_drawing_that_is_not_square_is_centred(tmp_path: Path) -> None:
-    from m3i_large.data.demo import _render
-
     file = tmp_path / "wide.svg"
     file.write_text(
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 20"><rect width="40" height="20" fill="#f00"/></svg>'

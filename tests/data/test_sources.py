@@ -101,7 +101,7 @@ def test_fields_can_have_other_names(root: Path) -> None:
     [
         (
             {"shards": "none-*.tar"},
-            r"data\.sources s\.shards: got 'none-\*\.tar', but there is no file .*; needed: existing tar files",
+            r"data\.sources\.s\.shards: got 'none-\*\.tar', but there is no file .*; needed: existing tar files",
         ),
         ({"shards": "b-{000000..000002}.tar"}, r"no file .*b-000002\.tar; needed"),
         ({"shards": "b-{000000..00"}, "unbalanced braces; needed"),
@@ -126,7 +126,7 @@ def test_a_missing_root_no_source_two_names_and_shared_shards(root: Path) -> Non
     with pytest.raises(UserError, match="two are named s"):
         open_sources([config(shards="b-000000.tar"), config(shards="b-000001.tar")], root)
     (root / "link.tar").symlink_to(root / "b-000000.tar")
-    with pytest.raises(UserError, match=r"data\.sources t\.shards: link\.tar is also a shard of s"):
+    with pytest.raises(UserError, match=r"data\.sources\.t\.shards: link\.tar is also a shard of s"):
         open_sources([config(shards="b-*.tar"), config(name="t", shards="link.tar")], root)
 
 
