@@ -140,9 +140,7 @@ def _build(root: Path, *, size: int, limit: int | None, progress: Callable[[str,
     shards: dict[str, dict[str, Any]] = {}
     for number, split in enumerate(SPLITS, start=1):
         (root / split).mkdir()
-        chosen = [c for c in concepts if c.split == split]
-        if split != "train":
-            chosen = _distinct(chosen, pictures)
+        chosen = _select(concepts, split, pictures)
         for source in (*STYLES, CATEGORY):
             samples = (
                 _category_samples(chosen, pictures, classes)
@@ -171,13 +169,15 @@ def _is_used(concept: Concept) -> bool:
     return concept.tones < 2 and (concept.split == "train" or concept.tones == 0)
 
 
-def _distinct(concepts: Iterable[Concept], pictures: Pictures) -> list[Concept]:
-    """Those drawn in both styles, less any whose name or picture an earlier one has."""
+def _select(concepts: Iterable[Concept], split: str, pictures: Pictures) -> list[Concept]:
+    """A split's concepts; outside training only those drawn in both styles whose name and pictures none before has."""
     seen: set[str | bytes] = set()
     kept = []
     for concept in concepts:
+        if concept.split != split:
+            continue
         drawn = [pictures[style, concept.code] for style in STYLES if (style, concept.code) in pictures]
-        if len(drawn) == len(STYLES) and seen.isdisjoint([concept.name, *drawn]):
+        if split == "train" or (len(drawn) == len(STYLES) and seen.isdisjoint([concept.name, *drawn])):
             seen.update([concept.name, *drawn])
             kept.append(concept)
     return kept

@@ -89,9 +89,9 @@ def concept_family(name: str) -> str:
     "man running", "woman running: dark skin tone" and "person running facing right" are all "running".
 
     Args:
-        name: English name; spaces or underscores, with or without skin tones.
+        name: a caption, or a name as the emoji package writes it (":woman_running_dark_skin_tone:").
     """
-    bare = _TONE.sub("", name.lower().replace(": ", "_").replace(", ", "_").replace(" ", "_"))
+    bare = _TONE.sub("", name.lower().strip(":").replace(": ", "_").replace(", ", "_").replace(" ", "_"))
     rest = " ".join(word for word in bare.split("_") if word not in _WHO)
     return _SYNONYMS.get(rest, rest)
 

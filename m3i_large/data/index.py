@@ -14,7 +14,7 @@ from pathlib import Path
 
 END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-_META = re.compile(r"__[^/]*__")
+_META = re.compile(r"__[^/]*__($|/)")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class ShardIndex:
 def index_shard(path: Path) -> ShardIndex:
     """Indexes one shard, an uncompressed tar file.
 
-    Skipped: directories, links, names without an extension, hidden names, and `__name__` meta members. A sample ends
-    where the key changes or an extension comes a second time.
+    Skipped: directories, links, names without an extension, hidden names, `__name__` meta members and folders. A sample
+    ends where the key changes or an extension comes a second time.
 
     Raises:
         ValueError: the file is no uncompressed tar file, is damaged, or lacks the two zero blocks at its end (a copy
@@ -54,7 +54,7 @@ def index_shard(path: Path) -> ShardIndex:
     samples: list[SampleIndex] = []
     for name, offset, size in _members(path):
         match = _KEY_AND_EXTENSION.match(name)
-        if match is None or _META.fullmatch(name):
+        if match is None or _META.match(name):
             continue
         key, extension = match[1], match[2].lower()
         if not samples or samples[-1].key != key or extension in samples[-1].parts:
@@ -73,7 +73,7 @@ def read_part(file: int, offset: int, size: int) -> bytes:
     while len(data) < size:  # a signal or a network file system may cut a read short
         more = os.pread(file, size - len(data), offset + len(data))
         if not more:
-            raise ValueError(f"the file ends at byte {offset + len(data)}; needed: {size} bytes at {offset}")
+            raise ValueError(f"the file ends: got {len(data)} bytes at byte {offset}; needed: {size}")
         data += more
     return data
 

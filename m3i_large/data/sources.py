@@ -148,7 +148,7 @@ class Source:
         shards = [_open_shard(name, root, config) for name in _expand(config, root)]
         if not any(shard.samples for shard in shards):
             need = " and ".join(filter(None, ("/".join(IMAGE_EXTENSIONS), config.target_field)))
-            where = f"data.sources {config.name}.shards"
+            where = f"data.sources.{config.name}.shards"
             raise UserError(f"{where}: got {config.shards}, in which no sample has {need}; needed: at least one")
         return cls(config, shards)
 
@@ -205,7 +205,7 @@ def open_sources(configs: Sequence[SourceConfig], root: Path) -> list[Source]:
         names.add(config.name)
         for name in _expand(config, root):
             if (other := owners.setdefault((root / name).resolve(), config.name)) != config.name:
-                where = f"data.sources {config.name}.shards"
+                where = f"data.sources.{config.name}.shards"
                 raise UserError(f"{where}: {name} is also a shard of {other}; needed: one source per shard")
     return [Source.open(config, root) for config in configs]
 
@@ -221,7 +221,7 @@ def manifest_hash(sources: Sequence[Source]) -> str:
 
 def _expand(config: SourceConfig, root: Path) -> list[str]:
     """Shard names sorted, relative to `root` where they lie below it."""
-    where = f"data.sources {config.name}.shards"
+    where = f"data.sources.{config.name}.shards"
     if not root.is_dir():
         raise UserError(f"data.root: got {root}, which is no directory; needed: the directory with the shards")
     patterns = [config.shards] if isinstance(config.shards, str) else config.shards
