@@ -154,9 +154,7 @@ def _pictures(run: Path) -> str:
     found = sorted((run / "pictures").glob("step_*/mix.png"))
     if not found:
         return ""
-    caption = (
-        "From above: own picture (target view), the partner's (other view), the mixed input, the mask (white = own)."
-    )
+    caption = "From above: own picture (target view), the partner's (other view), the mix, the mask (white = own)."
     alt = "Rows of small pictures: own, partner's, mixed in patches, mask"
     return f"<h2>What the student sees</h2>{_image(lambda b: b.write(found[-1].read_bytes()), alt, caption)}"
 

@@ -280,7 +280,7 @@ class StopSignals:
 def prepare_sources(recipe: Recipe, rank: Rank) -> list[Source]:
     """Opens the recipe's sources; the first rank builds the embedded data set if the recipe uses it."""
     root = Path(recipe.data.root)
-    if recipe.data.embedded and rank.is_first and not root.is_dir():
+    if recipe.data.embedded and rank.is_first:
         build_demo_data(root)
     barrier()
     return open_sources(recipe.data.sources, root)

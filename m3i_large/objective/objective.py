@@ -200,7 +200,7 @@ class Objective(nn.Module):
         token_nT = batch.text_NT[index_n]
         pooled = torch.cat([pooled_i[index_n], pooled_j[index_n]])
         image_2nF, text_nF, scale = self.text_head(pooled, self.text(token_nT))
-        text_nF = F.normalize(text_nF.float(), dim=-1)
+        text_nF, scale = F.normalize(text_nF.float(), dim=-1), scale.float()
         gather = self.collectives.all_gather
         all_text, all_token, all_real = gather(text_nF), gather(token_nT), gather(real_n)
         label_n = torch.arange(len(index_n), device=index_n.device) + self.collectives.rank * len(index_n)
