@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from m3i_large import checkpoint
-from m3i_large.build import build_objective, checkpointed_blocks
+from m3i_large.build import build_objective, checkpointed_blocks, use_plain_attention
 from m3i_large.data.batch import Batch
 from m3i_large.data.demo import build_demo_data
 from m3i_large.data.loader import Loader
@@ -283,7 +283,10 @@ def prepare_sources(recipe: Recipe, rank: Rank) -> list[Source]:
     if recipe.data.embedded and rank.is_first:
         build_demo_data(root)
     barrier()
-    return open_sources(recipe.data.sources, root)
+    try:
+        return open_sources(recipe.data.sources, root)
+    except ValueError as error:  # a damaged shard: the input is wrong, and the message names it
+        raise UserError(str(error)) from None
 
 
 def plan_mixture(recipe: Recipe, sources: list[Source]) -> Mixture:
@@ -339,6 +342,8 @@ def build_engine(recipe: Recipe, ds_config: dict[str, Any], rank: Rank) -> tuple
     """Towers, then ZeRO-3 partitions, then the optimizer and the target's average."""
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     objective = build_objective(recipe, collectives=ProcessGroupCollectives(rank), dtype=dtype)
+    if rank.device.type == "cpu":
+        use_plain_attention(objective)
     if recipe.train.activation_checkpointing:
         rematerialize(checkpointed_blocks(objective))
     partition(objective.to(rank.device), ds_config)

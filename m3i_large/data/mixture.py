@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from m3i_large.data.order import SourceOrder
+from m3i_large.errors import UserError
 
 ORDER_VERSION = 1
 # (name, eligible samples, repeats, mean bytes of a sample, fixed samples per lane and step or None)
@@ -81,19 +82,19 @@ class Mixture:
     ) -> "Mixture":
         """Lays out a new run from data and batch size alone, never from the number of ranks.
 
-        Raises ValueError where something does not divide, a source is empty, or fixed quotas do not fill a lane.
+        Raises UserError where something does not divide, a source is empty, or fixed quotas do not fill a lane.
         """
         names = [source[0] for source in sources]
         if len(set(names)) != len(names):
-            raise ValueError(f"data.sources: a name occurs twice in {names}")
+            raise UserError(f"data.sources: a name occurs twice in {names}")
         lanes = default_lanes(global_batch) if lanes is None else lanes
         if lanes < 1 or global_batch % lanes:
             fitting = [v for v in range(1, min(global_batch, 256) + 1) if global_batch % v == 0]
-            raise ValueError(
+            raise UserError(
                 f"data.lanes: got {lanes}, which does not divide global_batch {global_batch}; needed: one of {fitting}"
             )
         if lanes % accumulation:
-            raise ValueError(f"data.lanes: {lanes} lanes do not divide into {accumulation} micro-steps")
+            raise UserError(f"data.lanes: {lanes} lanes do not divide into {accumulation} micro-steps")
         slots = global_batch // lanes
         (weights, denominator), quotas = _weights(sources), _fixed(sources, slots)
         total = sum(weights)
@@ -129,9 +130,9 @@ class Mixture:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Mixture":
-        """Restores a frozen layout; ValueError for one written by another order."""
+        """Restores a frozen layout; UserError for one written by another order."""
         if state["order_version"] != ORDER_VERSION:
-            raise ValueError(f"sampler: order version {state['order_version']} was saved; needed: {ORDER_VERSION}")
+            raise UserError(f"sampler: order version {state['order_version']} was saved; needed: {ORDER_VERSION}")
         return cls(
             tuple(SourceOrder(**order) for order in state["orders"]),
             tuple(int(w) for w in state["weights"]),
@@ -227,15 +228,15 @@ def _weights(sources: Sequence[SourceSpec]) -> tuple[tuple[int, ...], int]:
     exact = []
     for name, n, repeats, _, _ in sources:
         if n < 1:
-            raise ValueError(f"data.sources.{name}: has no samples; needed: at least one")
+            raise UserError(f"data.sources.{name}: has no samples; needed: at least one")
         try:
             value = Fraction(str(repeats))
         except ValueError:
-            raise ValueError(
+            raise UserError(
                 f"data.sources.{name}.repeats: got {repeats!r}; needed: a number such as 2, 0.5 or 1/3"
             ) from None
         if value <= 0:
-            raise ValueError(f"data.sources.{name}.repeats: got {repeats}; needed: more than 0")
+            raise UserError(f"data.sources.{name}.repeats: got {repeats}; needed: more than 0")
         exact.append(value * n)
     denominator = math.lcm(*(value.denominator for value in exact))
     return tuple(int(value * denominator) for value in exact), denominator
@@ -248,7 +249,7 @@ def _fixed(sources: Sequence[SourceSpec], slots: int) -> tuple[int, ...] | None:
         return None
     fixed = [quota for quota in quotas if quota is not None]
     if len(fixed) != len(quotas):
-        raise ValueError(f"data.sources: quotas are {quotas}; needed: one for every source or none at all")
+        raise UserError(f"data.sources: quotas are {quotas}; needed: one for every source or none at all")
     if min(fixed) < 0 or sum(fixed) != slots:
-        raise ValueError(f"data.sources: quotas {fixed} sum to {sum(fixed)}; needed: {slots} (global_batch / lanes)")
+        raise UserError(f"data.sources: quotas {fixed} sum to {sum(fixed)}; needed: {slots} (global_batch / lanes)")
     return tuple(fixed)

@@ -1,0 +1,252 @@
+"""Batches: the same at every number of ranks, threads and micro-steps, and true to the pixels they came from."""
+
+import hashlib
+import io
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+
+from m3i_large.data.batch import Batch
+from m3i_large.data.config import DataConfig
+from m3i_large.data.decode import crop_resize, decode_rgb
+from m3i_large.data.loader import Loader
+from m3i_large.data.mixture import Mixture
+from m3i_large.data.sources import open_sources
+from m3i_large.data.tokenizer import Tokenizer
+from m3i_large.errors import UserError
+
+SIZE, LANES = 16, 12
+
+
+def encoded(extension: str, image: np.ndarray) -> bytes:
+    return cv2.imencode(extension, image)[1].tobytes()
+
+
+def coordinates(height: int, width: int) -> np.ndarray:
+    """A BGR image whose green tells the row and whose red tells the column (0 to 255 across)."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 1] = np.linspace(0, 255, height)[:, None].round()
+    image[..., 2] = np.linspace(0, 255, width)[None].round()
+    return image
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    for name, extension in (("text", "png"), ("label", "jpg")):
+        with wds.TarWriter(str(root / f"{name}-000000.tar")) as writer:
+            for i in range(70):
+                image = coordinates(int(rng.integers(20, 90)), int(rng.integers(20, 90)))
+                sample = {"__key__": f"{i:04d}", extension: encoded("." + extension, image)}
+                writer.write(sample | ({"txt": f"number {i}"} if name == "text" else {"cls": str(i % 5)}))
+    with wds.TarWriter(str(root / "broken-000000.tar")) as writer:
+        for i in range(40):
+            image = b"no image" if i % 4 == 0 else encoded(".png", coordinates(30, 30))
+            writer.write({"__key__": f"{i:04d}", "png": image, "txt": "x"})
+    return root
+
+
+def config(data: Path, **changes: object) -> DataConfig:
+    sources = [
+        {"name": "text", "kind": "image_text", "shards": "text-*.tar", "quota": 3},
+        {"name": "label", "kind": "image_category", "shards": "label-*.tar", "quota": 1},
+    ]
+    return DataConfig(
+        **({"root": str(data), "image_size": SIZE, "num_classes": 5, "lanes": LANES, "sources": sources} | changes)
+    )
+
+
+def loader(
+    data: Path, *, rank: int = 0, world: int = 1, accumulation: int = 1, block: int | None = None, **more: object
+) -> Loader:
+    options = {k: more.pop(k) for k in ("start_step", "on_bad") if k in more}
+    settings = config(data, **more)
+    sources = open_sources(settings.sources, data)
+    specs = [(s.name, s.num_samples, 1, s.mean_bytes, c.quota) for s, c in zip(sources, settings.sources, strict=True)]
+    batch = LANES * sum(c.quota for c in settings.sources)
+    mixture = Mixture.plan(4, sources=specs, global_batch=batch, lanes=LANES, accumulation=accumulation)
+    common = {"mixture": mixture, "sources": sources, "tokenizer": Tokenizer(context_length=8), "seed": 4}
+    mix = {"mask_cells": 4, "mask_ratio": 0.5, "mix_block": block}
+    return Loader(settings, **common, **mix, rank=rank, world=world, accumulation=accumulation, **options)
+
+
+def rows(batch: Batch, offset: int) -> dict[int, str]:
+    """A digest of everything in each row, partners by the identity of their sample, keyed by (source, epoch, id)."""
+    found = {}
+    names = [
+        f.name for f in fields(batch) if isinstance(getattr(batch, f.name), torch.Tensor) and f.name != "partner_N"
+    ]
+    for i in range(len(batch)):
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(getattr(batch, name)[i].contiguous().numpy().tobytes())
+        j = int(batch.partner_N[i])
+        digest.update(str((int(batch.source_N[j]), int(batch.epoch_N[j]), int(batch.id_N[j]))).encode())
+        found[(int(batch.source_N[i]), int(batch.epoch_N[i]), int(batch.id_N[i]))] = digest.hexdigest()
+    return found
+
+
+def step_rows(data: Path, step: int, *, world: int, accumulation: int, **more: object) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for rank in range(world):
+        with loader(data, rank=rank, world=world, accumulation=accumulation, start_step=step, **more) as stream:
+            for micro_step in range(accumulation):
+                batch = next(stream)
+                assert (batch.step, batch.micro_step) == (step, micro_step)
+                found |= rows(batch, rank)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "accumulation", "threads"),
+    [(1, 1, 4), (2, 1, 1), (3, 1, 2), (6, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1), (3, 2, 2)],
+)
+def test_every_row_is_the_same_however_the_batch_is_cut(
+    data: Path, world: int, accumulation: int, threads: int
+) -> None:
+    for step in (0, 37):
+        whole = step_rows(data, step, world=1, accumulation=1, threads=1)
+        assert len(whole) == 4 * LANES
+        assert step_rows(data, step, world=world, accumulation=accumulation, threads=threads) == whole
+
+
+def test_the_stream_gives_what_batch_at_says(data: Path) -> None:
+    with loader(data, accumulation=2, start_step=3) as stream:
+        for step, micro_step in [(3, 0), (3, 1), (4, 0)]:
+            streamed, direct = next(stream), stream.batch_at(step, micro_step)
+            assert rows(streamed, 0) == rows(direct, 0) and torch.equal(streamed.partner_N, direct.partner_N)
+
+
+def test_shapes_and_types_are_the_contracts(data: Path) -> None:
+    with loader(data, world=2) as stream:
+        b = next(stream)
+    n = 2 * LANES
+    shapes = {
+        "target_NHWC": (n, SIZE, SIZE, 3),
+        "other_NHWC": (n, SIZE, SIZE, 3),
+        "box_NV4": (n, 2, 4),
+        "size_N2": (n, 2),
+        "flip_NV": (n, 2),
+    }
+    shapes |= {"colour_NV34": (n, 2, 3, 4), "solarize_NV": (n, 2), "mask_NPP": (n, 4, 4), "text_NT": (n, 8)}
+    shapes |= dict.fromkeys(
+        ("partner_N", "category_N", "text_valid_N", "source_N", "epoch_N", "id_N", "substitute_N"), (n,)
+    )
+    kinds = {
+        "target_NHWC": torch.uint8,
+        "box_NV4": torch.int32,
+        "flip_NV": torch.bool,
+        "colour_NV34": torch.float32,
+        "solarize_NV": torch.float32,
+    }
+    kinds |= {
+        "partner_N": torch.int64,
+        "mask_NPP": torch.bool,
+        "category_N": torch.int64,
+        "text_NT": torch.int64,
+        "text_valid_N": torch.bool,
+    }
+    assert {k: tuple(getattr(b, k).shape) for k in shapes} == shapes
+    assert {k: getattr(b, k).dtype for k in kinds} == kinds
+    assert (b.text_valid_N == (b.source_N == 0)).all() and ((b.category_N >= 0) == (b.source_N == 1)).all()
+    assert (b.text_rows, b.category_rows) == (18, 6) and int(b.text_valid_N.sum()) == 18
+    assert (b.mask_NPP.sum((1, 2)) == 8).all()
+
+
+def test_boxes_tell_where_the_pixels_come_from(data: Path) -> None:
+    """Through the whole pipeline: decode, crop, resize; the flip is applied afterwards, as patch_mix does."""
+    plain = {"blur": 0.0, "jitter_probability": 0.0, "grey": 0.0, "solarize": 0.0, "crop_scale": [0.3, 1.0]}
+    with loader(data, target_view=plain, other_view=plain) as stream:
+        batch = next(stream)
+    for view, pixels in enumerate((batch.target_NHWC, batch.other_NHWC)):
+        for n in range(len(batch)):
+            top, left, h, w = batch.box_NV4[n, view].tolist()
+            height, width = batch.size_N2[n].tolist()
+            image = pixels[n].float()
+            for r, c in [(3, 3), (8, 8), (12, 5)]:
+                y, x = top + (r + 0.5) / SIZE * h - 0.5, left + (c + 0.5) / SIZE * w - 0.5
+                assert image[r, c, 1].item() == pytest.approx(255 * y / (height - 1), abs=9)
+                assert image[r, c, 0].item() == pytest.approx(255 * x / (width - 1), abs=9)
+    assert 0.3 < batch.flip_NV.float().mean() < 0.7
+
+
+def test_bad_samples_are_replaced_and_reported(data: Path) -> None:
+    told: list[tuple[str, int, str, int]] = []
+    sources = [{"name": "broken", "kind": "image_text", "shards": "broken-*.tar", "quota": 2}]
+    with loader(data, sources=sources, on_bad=lambda *a: told.append(a)) as stream:
+        batch = next(stream)
+        again = stream.batch_at(0, 0)
+    bad = batch.id_N % 4 == 0
+    assert bad.any() and ((batch.substitute_N > 0) == bad).all()
+    assert {t[1] for t in told} >= set(batch.id_N[bad].tolist()) and all("no image" in t[2] for t in told)
+    assert rows(batch, 0) == rows(again, 0)
+
+
+def test_what_is_hopeless_stops_with_a_name(data: Path, tmp_path: Path) -> None:
+    with wds.TarWriter(str(tmp_path / "all-000000.tar")) as writer:
+        for i in range(40):
+            writer.write({"__key__": f"{i:04d}", "png": b"", "txt": "x"})
+    sources = [{"name": "all", "kind": "image_text", "shards": "all-*.tar", "quota": 2}]
+    with (
+        loader(tmp_path, sources=sources) as stream,
+        pytest.raises(ValueError, match="source all: sample .* unreadable"),
+    ):
+        next(stream)
+    with (
+        loader(data, num_classes=3) as stream,
+        pytest.raises(UserError, match=r"has class [34]; needed: below data.num_classes 3"),
+    ):
+        next(stream)
+    with pytest.raises(UserError, match="objective.mix.block: got 3"):
+        loader(data, block=3)
+
+
+# -- decoding -----------------------------------------------------------------------------------------------------------------
+
+
+def pil(image: Image.Image, kind: str, **more: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **more)
+    return buffer.getvalue()
+
+
+def test_decoding_agrees_with_pillow() -> None:
+    smooth = Image.fromarray(
+        cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (40, 50, 3)).astype(np.uint8), (0, 0), 4)
+    )
+    assert np.array_equal(decode_rgb(pil(smooth, "PNG")), np.array(smooth))
+    assert np.array_equal(decode_rgb(pil(smooth, "WEBP", lossless=True)), np.array(smooth))
+    jpeg = pil(smooth, "JPEG", quality=90)
+    assert np.abs(decode_rgb(jpeg).astype(int) - np.array(Image.open(io.BytesIO(jpeg)))).max() <= 4
+    grey = smooth.convert("L")
+    for kind in ("PNG", "JPEG"):
+        image = decode_rgb(pil(grey, kind))
+        assert image.shape == (40, 50, 3) and (image[..., 0] == image[..., 2]).all()
+    clear = smooth.copy()
+    clear.putalpha(Image.fromarray(np.tile(np.linspace(0, 255, 50).astype(np.uint8), (40, 1))))
+    white = Image.new("RGBA", clear.size, "white")
+    white.alpha_composite(clear)
+    assert np.abs(decode_rgb(pil(clear, "PNG")).astype(int) - np.array(white.convert("RGB"))).max() <= 1
+    sixteen = encoded(".png", np.array(grey).astype(np.uint16) * 257)
+    assert np.array_equal(decode_rgb(sixteen)[..., 0], np.array(grey))
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF", b"\xff\xd8\xff\xe0 cut", json.dumps({"a": 1}).encode()])
+def test_what_is_no_image_is_a_value_error(content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        decode_rgb(content)
+
+
+def test_resizing_averages_when_it_shrinks() -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[::2] = 255
+    assert np.abs(crop_resize(stripes, (0, 0, 64, 64), 8).astype(int) - 127).max() <= 2
+    assert crop_resize(stripes, (3, 5, 2, 1), 8).shape == (8, 8, 3)

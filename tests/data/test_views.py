@@ -1,0 +1,176 @@
+"""Augmentation: distributions, exactness of the colour maps, and partners that form one cycle."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tf
+
+from m3i_large.data import views
+from m3i_large.data.config import ViewConfig
+from m3i_large.data.views import SampleKey, crop_box, draw_mask, draw_partners
+from m3i_large.errors import UserError
+
+PLAIN = ViewConfig(jitter_probability=0, grey=0, blur=0, solarize=0, flip=0)
+
+
+def draws(n: int, *, view: int = 0) -> list[np.ndarray]:
+    return [SampleKey(1, 0, 0, i, 0).draws(view) for i in range(n)]
+
+
+def test_every_part_of_the_key_matters() -> None:
+    base = SampleKey(1, 2, 3, 4, 5)
+    others = [
+        SampleKey(9, 2, 3, 4, 5),
+        SampleKey(1, 9, 3, 4, 5),
+        SampleKey(1, 2, 9, 4, 5),
+        SampleKey(1, 2, 3, 9, 5),
+        SampleKey(1, 2, 3, 4, 9),
+    ]
+    for other in others:
+        assert not np.isclose(base.draws(0), other.draws(0)).any()
+        assert (draw_mask(base, cells=8, ratio=0.5) != draw_mask(other, cells=8, ratio=0.5)).any()
+    assert not np.isclose(base.draws(0), base.draws(1)).any()
+    assert (base.draws(1) == SampleKey(1, 2, 3, 4, 5).draws(1)).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 100), (60, 200), (300, 40), (1, 1), (7, 3)])
+def test_crops_lie_inside_the_image(height: int, width: int) -> None:
+    for d in draws(300):
+        top, left, h, w = crop_box(d, height, width, ViewConfig())
+        assert top >= 0 and left >= 0 and 1 <= h <= height - top and 1 <= w <= width - left
+
+
+def test_crops_follow_the_distribution_of_random_resized_crop() -> None:
+    config, side = ViewConfig(crop_scale=(0.2, 0.6)), 400
+    ours = np.array([crop_box(d, side, side, config) for d in draws(4000)], float)
+    torch.manual_seed(0)
+    reference = [
+        v2.RandomResizedCrop(side, scale=(0.2, 0.6)).make_params([torch.empty(3, side, side)]) for _ in range(4000)
+    ]
+    theirs = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in reference], float)
+    for a, b in zip(figures(ours), figures(theirs), strict=True):
+        assert np.quantile(a, [0.1, 0.5, 0.9]) == pytest.approx(np.quantile(b, [0.1, 0.5, 0.9]), rel=0.06, abs=0.02)
+
+
+def figures(box: np.ndarray) -> tuple[np.ndarray, ...]:
+    top, left, h, w = box.T
+    return h * w, w / h, (top + 1) / (401 - h), (left + 1) / (401 - w)
+
+
+def pixels() -> torch.Tensor:
+    return torch.rand(3, 9, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def apply(matrix_34: np.ndarray, image: torch.Tensor) -> torch.Tensor:
+    m = torch.from_numpy(matrix_34.astype(np.float64))
+    return torch.einsum("ck,khw->chw", m[:, :3], image) + m[:, 3, None, None]
+
+
+def one_factor(index: int, factor: float) -> tuple[np.ndarray, ViewConfig]:
+    """Draws that apply one factor of brightness, contrast or saturation and leave the others at 1."""
+    strength = [0.0, 0.0, 0.0, 0.0]
+    strength[index] = abs(factor - 1)
+    d = np.full(views.NUM_DRAWS, 0.5)
+    d[[views.BRIGHTNESS, views.CONTRAST, views.SATURATION][index]] = 1.0 if factor > 1 else 0.0
+    d[views.JITTER], d[views.GREY] = 0.0, 1.0
+    return d, ViewConfig(jitter=tuple(strength), jitter_probability=1, grey=0)
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.3])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_brightness_contrast_and_saturation_equal_torchvision(index: int, factor: float) -> None:
+    image = pixels()
+    grey = (torch.tensor(views.LUMA)[:, None, None] * image).sum(0).mean().item()
+    d, config = one_factor(index, factor)
+    ours = apply(views.colour_affine(d, grey, config), image).clamp(0, 1)
+    function = (tf.adjust_brightness, tf.adjust_contrast, tf.adjust_saturation)[index]
+    # torchvision's luma weights are rounded to (0.2989, 0.587, 0.114)
+    torch.testing.assert_close(ours, function(image, factor), rtol=1e-3, atol=1e-3)
+
+
+def test_hue_turns_the_colour_and_keeps_the_luma() -> None:
+    image = pixels()
+    for angle in (-0.6, 0.2, 1.0):
+        turned = torch.einsum("ck,khw->chw", torch.from_numpy(views.hue_rotation(angle)), image)
+        luma = [(torch.tensor(views.LUMA)[:, None, None] * x).sum(0) for x in (image, turned)]
+        torch.testing.assert_close(luma[0], luma[1], rtol=1e-6, atol=1e-6)
+        assert (turned - image).abs().max() > 0.05
+    back = views.hue_rotation(0.7) @ views.hue_rotation(-0.7)
+    assert np.allclose(back, np.eye(3)) and np.allclose(views.hue_rotation(2 * math.pi), np.eye(3))
+
+
+def test_contrast_after_brightness_is_about_the_brightened_mean() -> None:
+    image = pixels() * 0.4 + 0.2
+    grey = (torch.tensor(views.LUMA)[:, None, None] * image).sum(0).mean().item()
+    d = np.full(views.NUM_DRAWS, 0.5)
+    d[views.BRIGHTNESS], d[views.CONTRAST], d[views.JITTER] = 1.0, 0.0, 0.0
+    config = ViewConfig(jitter=(0.2, 0.3, 0, 0), jitter_probability=1, grey=0)
+    expected = 0.7 * (1.2 * image) + 0.3 * (1.2 * grey)
+    torch.testing.assert_close(apply(views.colour_affine(d, grey, config), image), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_probabilities_and_greyscale() -> None:
+    config = ViewConfig(jitter_probability=0.8, grey=0.2)
+    matrices = [views.colour_affine(d, 0.5, config) for d in draws(3000)]
+    unchanged = np.mean([np.allclose(m, np.eye(3, 4)) for m in matrices])
+    grey = np.mean([np.allclose(m[0], m[1]) and np.allclose(m[1], m[2]) for m in matrices])
+    assert unchanged == pytest.approx(0.2 * 0.8, abs=0.02) and grey == pytest.approx(0.2, abs=0.025)
+    sigma = np.array([views.blur_sigma(d, 224, ViewConfig(blur=0.3)) for d in draws(3000)])
+    assert (sigma > 0).mean() == pytest.approx(0.3, abs=0.03) and sigma[sigma > 0].min() >= 0.1 and sigma.max() <= 2.0
+    assert views.blur_sigma(draws(1)[0], 64, ViewConfig(blur=1.0)) == pytest.approx(
+        views.blur_sigma(draws(1)[0], 224, ViewConfig(blur=1.0)) * 64 / 224
+    )
+
+
+@pytest.mark.parametrize(("cells", "ratio"), [(8, 0.5), (14, 0.5), (4, 0.25), (7, 0.4), (1, 0.9)])
+def test_masks_have_an_exact_size_and_no_preferred_place(cells: int, ratio: float) -> None:
+    masks = np.stack([draw_mask(SampleKey(1, 0, 0, i, 0), cells=cells, ratio=ratio) for i in range(800)])
+    assert (masks.sum((1, 2)) == round(ratio * cells * cells)).all()
+    expected = round(ratio * cells * cells) / cells**2
+    assert np.abs(masks.mean(0) - expected).max() < 5 * math.sqrt(max(expected * (1 - expected), 1e-9) / 800)
+
+
+@pytest.mark.parametrize("block", [2, 4, None])
+def test_partners_form_one_cycle_inside_every_block(block: int | None) -> None:
+    slots = 8
+    lanes = np.repeat([3, 5, 11], slots)
+    partner = draw_partners(lanes, seed=1, step=9, slots=slots, block=block)
+    size = block or slots
+    for start in range(0, len(lanes), size):
+        seen, at = set(), start
+        while at not in seen:
+            seen.add(at)
+            at = int(partner[at])
+        assert seen == set(range(start, start + size))
+
+
+def test_all_cycles_are_equally_likely_and_depend_on_the_lane_alone() -> None:
+    count = Counter(
+        tuple(draw_partners([lane] * 4, seed=2, step=s, slots=4, block=None)) for lane in range(30) for s in range(60)
+    )
+    assert len(count) == math.factorial(3) and max(count.values()) < 1.25 * 300 and min(count.values()) > 0.75 * 300
+    lanes = np.repeat(np.arange(6), 4)
+    whole = draw_partners(lanes, seed=2, step=1, slots=4, block=None)
+    half = draw_partners(lanes[12:], seed=2, step=1, slots=4, block=None)
+    assert (half + 12 == whole[12:]).all()
+    assert (whole != draw_partners(lanes, seed=2, step=2, slots=4, block=None)).any()
+
+
+@pytest.mark.parametrize("block", [1, 3, 16])
+def test_a_block_that_does_not_fit_is_refused(block: int) -> None:
+    with pytest.raises(UserError, match=r"objective.mix.block: got .*\[2, 4, 8\]"):
+        draw_partners([0] * 8, seed=0, step=0, slots=8, block=block)
+
+
+def test_view_settings_out_of_range_are_refused() -> None:
+    for values, message in [
+        ({"crop_scale": (0.5, 0.2)}, "crop_scale"),
+        ({"crop_ratio": (2, 1)}, "crop_ratio"),
+        ({"jitter": (0, 0, 0, 0.7)}, "hue"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ViewConfig(**values)
