@@ -64,4 +64,4 @@ def use_plain_attention(objective: Objective) -> None:
     """
     for module in objective.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False
+            setattr(module, "fused_attn", False)  # noqa: B010 - torch types module attributes as tensors

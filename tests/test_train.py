@@ -11,6 +11,7 @@ import pytest
 from tiny import command, environment, pretrain, recipe, write_data, write_recipe
 
 from m3i_large.checkpoint import Checkpoint, newest
+from m3i_large.evaluate import KINDS, evaluate
 from m3i_large.metrics import read_metrics, read_rows
 from m3i_large.run import read_exit
 
@@ -78,6 +79,19 @@ def test_the_run_directory_holds_what_the_contract_says(whole: Path) -> None:
     assert read_exit(whole)["outcome"] == "finished" and read_exit(whole)["step"] == 6
     assert next(e["event"] for e in read_rows(whole / "events.jsonl")) == "start"
     assert sorted(p.name for p in (whole / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000006"]
+
+
+def test_a_trained_run_evaluates_completely(whole: Path, data: Path) -> None:
+    results = evaluate(list(KINDS), whole, data=data)
+    assert [r["kind"] for r in results] == list(KINDS)
+    for result in results:
+        assert result["values"].keys() == result["chance"].keys() == result["untrained"].keys()
+        assert all(0 <= v <= 1 for part in ("values", "chance", "untrained") for v in result[part].values())
+        assert json.loads(json.dumps(result)) == result
+    assert [row["kind"] for row in read_rows(whole / "eval.jsonl")] == list(KINDS)
+    target = evaluate(["retrieval"], newest(whole / "checkpoints"), data=data, branch="target")
+    assert target[0]["untrained"] == results[0]["untrained"] and target[0]["values"] != results[0]["values"]
+    assert len(read_rows(whole / "eval.jsonl")) == len(KINDS), "a checkpoint is no run directory"
 
 
 def test_a_finished_run_says_so_and_changes_nothing(tiny: Path, whole: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every random choice of a sample's two views, drawn from keys (CONTRACTS: Batch).
+"""Every random choice of a sample's two views, drawn from keys: fields of data/batch.py.
 
 Legend: N samples, V = 2 views (0 target, 1 other), 4 = (top, left, height, width), 34 = colour affine on RGB.
 """

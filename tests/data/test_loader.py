@@ -197,7 +197,7 @@ def test_what_is_hopeless_stops_with_a_name(data: Path, tmp_path: Path) -> None:
     sources = [{"name": "all", "kind": "image_text", "shards": "all-*.tar", "quota": 2}]
     with (
         loader(tmp_path, sources=sources) as stream,
-        pytest.raises(ValueError, match="source all: sample .* unreadable"),
+        pytest.raises(ValueError, match=r"source all: sample .* unreadable"),
     ):
         next(stream)
     with (
@@ -205,11 +205,11 @@ def test_what_is_hopeless_stops_with_a_name(data: Path, tmp_path: Path) -> None:
         pytest.raises(UserError, match=r"has class [34]; needed: below data.num_classes 3"),
     ):
         next(stream)
-    with pytest.raises(UserError, match="objective.mix.block: got 3"):
+    with pytest.raises(UserError, match=r"objective\.mix\.block: got 3"):
         loader(data, block=3)
 
 
-# -- decoding -----------------------------------------------------------------------------------------------------------------
+# -- decoding ------------------------------------------------------------
 
 
 def pil(image: Image.Image, kind: str, **more: object) -> bytes:

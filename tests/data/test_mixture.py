@@ -29,7 +29,7 @@ def no_overflow_warnings() -> object:
         yield
 
 
-# -- keys and permutations ----------------------------------------------------------------------------------------------
+# -- keys and permutations --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [*range(1, 300, 7), 2, 3, 4, 5, 64, 65, 4095, 4096, 4097, 65537, 1_000_003])
@@ -70,7 +70,7 @@ def test_uniform_draws_are_uniform_and_independent_of_their_neighbours() -> None
     assert np.abs(np.corrcoef(draws.T) - np.eye(3)).max() < 0.03
 
 
-# -- one source -----------------------------------------------------------------------------------------------------------
+# -- one source -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -132,7 +132,7 @@ def test_neighbours_in_a_batch_follow_the_window() -> None:
     assert np.mean(met) == pytest.approx((b - 1) / 32, rel=0.2)
 
 
-# -- quotas ---------------------------------------------------------------------------------------------------------------
+# -- quotas -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_quotas_sum_up_never_fall_and_never_drift(weights: list[int]) -> None:
         assert split(3 * total, weights) == [3 * w for w in weights]
 
 
-# -- ranks, micro-steps, steps ----------------------------------------------------------------------------------------------
+# -- ranks, micro-steps, steps ----------------------------------------------------------------------
 
 SOURCES = [("x", 1000, 1, 3000, None), ("y", 50_000, "1/3", 3000, None), ("z", 700, 2.5, 3000, None)]
 FIXED = [("x", 1000, 1, 3000, 2), ("y", 50_000, 1, 3000, 1), ("z", 700, 1, 3000, 1)]
@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_one_clear_line(change: dict, message: str) -> None
         Mixture.plan(3, sources=SOURCES, global_batch=96, lanes=24).rows(0, rank=0, world=5)
 
 
-# -- mutants: each fault must be seen by the checks above --------------------------------------------------------------------
+# -- mutants: each fault must be seen by the checks above -------------------------------------------
 
 
 def exactly_once(o: SourceOrder) -> bool:
