@@ -26,7 +26,7 @@ setup(
     package_data={"m3i_large": ["recipes/*.yaml", "py.typed"]},
     install_requires=REQUIREMENTS,
     extras_require={
-        "dev": ["pytest>=9", "pytest-xdist>=3.8", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML"],
+        "dev": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.150", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML"],
         "detection": ["pycocotools>=2.0.11", "faster-coco-eval>=1.8"],
         "integrations": ["mmcv", "mmdet"],
         "s3": ["obstore>=0.12"],
