@@ -17,8 +17,13 @@ from rich.table import Column, Table
 from m3i_large.errors import UserError
 
 app = typer.Typer(
-    help="M3I pre-training: recipes, data, evaluation, reports.", no_args_is_help=True, add_completion=False
+    help="M3I pre-training: recipes, data, evaluation, reports. Every command takes --debug (traceback of an error).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # its tracebacks show local variables
 )
+# What typer raises for a wrong command line; it carries click inside and exports this subclass only.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
@@ -179,13 +184,21 @@ def study_command(
 
 def main() -> None:
     """Entry of the `m3i` command."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
 
     def run() -> int:
         # standalone_mode=False hands exceptions over instead of printing them.
-        result = app(standalone_mode=False)
+        try:
+            result = app(arguments, standalone_mode=False)
+        except UsageError as error:
+            message = error.format_message()  # type: ignore[attr-defined]
+            if not message:  # `m3i` or `m3i data` alone: the help is already on the screen
+                return 0
+            raise UserError(f"{' '.join(message.split())} See m3i --help.") from None
         return result if isinstance(result, int) else 0
 
     try:
-        sys.exit(guarded(run, debug="--debug" in sys.argv))
+        sys.exit(guarded(run, debug=debug))
     except typer.Abort:
         sys.exit(1)

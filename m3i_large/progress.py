@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 
 class Progress:
@@ -22,14 +23,14 @@ class Progress:
         self._run, self._total, self._every, self._enabled = run, total, every, enabled
         self._console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[values]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            # In a narrow window the losses give way, not the counts.
+            TextColumn("{task.fields[values]}", table_column=Column(no_wrap=True, ratio=1, overflow="ellipsis")),
         )
-        self._bar = Bar(*columns, console=self._console) if enabled and self._console.is_terminal else None
+        self._bar = Bar(*columns, console=self._console, expand=True) if enabled and self._console.is_terminal else None
         self._task: TaskID | None = None
 
     def say(self, text: str) -> None:
@@ -41,14 +42,14 @@ class Progress:
         if not self._enabled:
             return
         names = ("loss", *sorted(k for k in row if k.startswith("loss/") and k.count("/") == 1))
-        values = " ".join(f"{name.removeprefix('loss/')} {row[name]:.3f}" for name in names)
+        values = " ".join(f"{name.removeprefix('loss/')} {row[name]:.2f}" for name in names)
         if self._bar is None:
             if (step + 1) % self._every == 0 or step + 1 == self._total:
                 self.say(f"{self._run} step {step + 1}/{self._total} {values} ({row['time/step_s']:.2f} s/step)")
             return
         if self._task is None:
             self._bar.start()
-            self._task = self._bar.add_task(str(self._run), total=self._total, values="")
+            self._task = self._bar.add_task(self._run.name, total=self._total, values="")
         self._bar.update(self._task, completed=step + 1, values=values)
 
     def close(self) -> None:

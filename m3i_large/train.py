@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +18,7 @@ from m3i_large import checkpoint
 from m3i_large.build import build_objective, checkpointed_blocks, use_plain_attention
 from m3i_large.data.batch import Batch
 from m3i_large.data.demo import build_demo_data
-from m3i_large.data.loader import Loader
+from m3i_large.data.loader import Loader, OnBad
 from m3i_large.data.mixture import Mixture
 from m3i_large.data.sources import Source, manifest_hash, open_sources
 from m3i_large.data.tokenizer import Tokenizer
@@ -84,7 +85,8 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank) -> Ou
         )
     loop = Loop(recipe, run, engine, target, mixture, manifest_hash(sources), rank, steps, progress)
     start = saved.step if saved else 0
-    with StopSignals() as stop, make_loader(recipe, mixture, sources, rank, start_step=start) as stream:
+    loader = make_loader(recipe, mixture, sources, rank, start_step=start, on_bad=partial(quarantine, run))
+    with StopSignals() as stop, loader as stream:
         return loop.run(stream, start=start, stop=stop)
 
 
@@ -110,7 +112,7 @@ class Loop:
         writer = self._writer()
         writer.event("resume" if start else "start", step=start, world=self.rank.world)
         outcome: Outcome = "finished"
-        step = start
+        done = start
         for step in range(start, self.steps):
             began = time.perf_counter()
             engine.set_lr(learning_rate(step, steps=self.steps, config=self.recipe.optim.lr))
@@ -145,7 +147,7 @@ class Loop:
                 outcome = "interrupted"
                 writer.event("preempt", step=done, signal=stop.name)
                 break
-        return self._end(outcome, step=step + 1, writer=writer)
+        return self._end(outcome, step=done, writer=writer)
 
     def save(self, step: int) -> None:
         """Writes the checkpoint that continues with `step`."""
@@ -222,6 +224,8 @@ class Loop:
         writer.close()
         if self.rank.is_first:
             self.directory.ended(outcome, step=step)
+        more = "" if outcome == "finished" else "; the same command continues from here"
+        self.progress.say(f"{self.directory.directory} {outcome} after {step} of {self.steps} steps{more}")
         barrier()
         return outcome
 
@@ -274,7 +278,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.requested, self.name = True, signal.Signals(number).name
+        # The launcher passes SIGTERM on after Ctrl-C: the first signal is the reason.
+        self.name = self.name or signal.Signals(number).name
+        self.requested = True
 
 
 def prepare_sources(recipe: Recipe, rank: Rank) -> list[Source]:
@@ -287,6 +293,12 @@ def prepare_sources(recipe: Recipe, rank: Rank) -> list[Source]:
         return open_sources(recipe.data.sources, root)
     except ValueError as error:  # a damaged shard: the input is wrong, and the message names it
         raise UserError(str(error)) from None
+
+
+def quarantine(run: Run, source: str, id: int, reason: str, step: int) -> None:
+    """Notes a sample that could not be read and was replaced; any rank, any loader thread."""
+    row = {"step": step, "attempt": run.attempt, "source": source, "id": id, "reason": reason}
+    append_row(run.directory / "quarantine.jsonl", row)
 
 
 def plan_mixture(recipe: Recipe, sources: list[Source]) -> Mixture:
@@ -320,7 +332,15 @@ def check_world(mixture: Mixture, world: int) -> None:
         )
 
 
-def make_loader(recipe: Recipe, mixture: Mixture, sources: list[Source], rank: Rank, *, start_step: int = 0) -> Loader:
+def make_loader(
+    recipe: Recipe,
+    mixture: Mixture,
+    sources: list[Source],
+    rank: Rank,
+    *,
+    start_step: int = 0,
+    on_bad: OnBad | None = None,
+) -> Loader:
     """The stream of this rank's batches from `start_step` on."""
     return Loader(
         recipe.data,
@@ -335,6 +355,7 @@ def make_loader(recipe: Recipe, mixture: Mixture, sources: list[Source], rank: R
         world=rank.world,
         accumulation=recipe.train.accumulation,
         start_step=start_step,
+        on_bad=on_bad,
     )
 
 
