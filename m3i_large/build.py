@@ -8,7 +8,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from m3i_large.models import AttentionPool, CategoryHead, DenseDecoder, TextHead, TextTower, create_model
+from m3i_large.models import (
+    AttentionPool,
+    CategoryHead,
+    DenseDecoder,
+    GlobalHead,
+    LinearDecoder,
+    TextHead,
+    TextTower,
+    create_model,
+)
 from m3i_large.objective import Objective
 from m3i_large.objective.collectives import Collectives, SingleProcess
 from m3i_large.recipe import Recipe
@@ -20,18 +29,22 @@ def build_objective(
     """The objective with freshly initialised towers; `train.seed` alone decides the weights.
 
     Every tower that a term needs is built whole, in this order, because the order decides which random numbers it
-    gets: 1 student, 2 target (a copy of the student), 3 text, 4 decoder, 5 pool, 6 category head, 7 text head.
+    gets: 1 student, 2 target (a copy of the student), 3 text, 4 decoder, 5 pool and its copy, 6 category head, 7 text
+    head, 8 global head.
     """
-    needs = recipe.objective
-    pooled, labelled, texts = needs.has("category") or needs.has("text"), needs.has("category"), needs.has("text")
+    needs, width = recipe.objective, recipe.pool.width
+    copies = needs.encoder in ("ema", "frozen")
     torch.manual_seed(recipe.train.seed)
-    student: Any = create_model(recipe.backbone.name, **recipe.backbone.arch)
-    target = copy.deepcopy(student).requires_grad_(False) if needs.dense else None
-    text = TextTower(recipe.text) if texts else None
-    decoder = DenseDecoder(student.width, recipe.decoder) if needs.dense else None
-    pool = AttentionPool(student.width, recipe.pool) if pooled else None
-    category_head = CategoryHead(recipe.pool.width, recipe.data.num_classes) if labelled else None
-    text_head = TextHead(recipe.pool.width, recipe.text.width, recipe.text.embed) if texts else None
+    arch = recipe.backbone.arch | ({"mask_token": True} if needs.input.fill == "token" else {})
+    student: Any = create_model(recipe.backbone.name, **arch)
+    target = _frozen(student) if copies else None
+    text = TextTower(recipe.text) if needs.has("text") else None
+    decoder = _decoder(recipe, student) if needs.dense else None
+    pool = AttentionPool(student.width, recipe.pool) if needs.pooled else None
+    target_pool = _frozen(pool) if copies and needs.has("global") else None
+    category_head = CategoryHead(width, recipe.data.num_classes) if needs.has("category") else None
+    text_head = TextHead(width, recipe.text.width, recipe.text.embed) if needs.has("text") else None
+    global_head = GlobalHead(width) if needs.has("global") else None
     objective = Objective(
         recipe.objective,
         student=student,
@@ -39,8 +52,10 @@ def build_objective(
         text=text,
         decoder=decoder,
         pool=pool,
+        target_pool=target_pool,
         category_head=category_head,
         text_head=text_head,
+        global_head=global_head,
         collectives=collectives or SingleProcess(),
         mean=recipe.data.mean,
         std=recipe.data.std,
@@ -48,6 +63,19 @@ def build_objective(
         compute_dtype=dtype,
     )
     return objective.to(dtype)
+
+
+def _frozen(module: nn.Module | None) -> Any:
+    return copy.deepcopy(module).requires_grad_(False) if module is not None else None
+
+
+def _decoder(recipe: Recipe, student: Any) -> nn.Module:
+    """What the recipe's dense terms share: kind, and output of a feature's or of a patch of pixels' width."""
+    term = next(term for term in recipe.objective.terms if term.dense)
+    out = 3 * student.token_stride**2 if term.target == "pixels" else None
+    if term.decoder == "linear":
+        return LinearDecoder(student.width, out=out)
+    return DenseDecoder(student.width, recipe.decoder, out=out)
 
 
 def checkpointed_blocks(objective: Objective) -> Iterator[nn.Module]:

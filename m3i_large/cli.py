@@ -107,16 +107,20 @@ def data_demo(root: Annotated[Path, typer.Option(help="Directory to build.")] = 
 
 @app.command("eval")
 def evaluate_command(
-    kind: Annotated[str, typer.Argument(help="retrieval, zeroshot, categories or styles; several joined by commas.")],
+    kind: Annotated[
+        str,
+        typer.Argument(help="retrieval, zeroshot, categories, styles, knn or linear; several joined by commas."),
+    ],
     path: Annotated[Path, typer.Argument(help="Run or checkpoint directory.")],
     data: Annotated[Path, typer.Option(help="Directory of shards.")],
+    train: Annotated[Path | None, typer.Option(help="Directory of shards that knn and linear learn from.")] = None,
     branch: Annotated[str, typer.Option(help="student, or target for the moving average.")] = "student",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Evaluates without fine-tuning, beside chance and the untrained model."""
     from m3i_large.evaluate import evaluate
 
-    results = evaluate(kind.split(","), path, data=data, branch=branch)
+    results = evaluate(kind.split(","), path, data=data, train=train, branch=branch)
     if as_json:
         print(json.dumps(results[0] if len(results) == 1 else results))
         return

@@ -202,7 +202,7 @@ def _at_demo_scale(values: dict[str, Any]) -> dict[str, Any]:
     demo = _read("demo")
     scaled = {**values, **{key: demo[key] for key in DEMO_SCALE if key in demo}}
     # The mask's patch is a size in pixels of the demo's images; what is masked and predicted stays the recipe's.
-    scaled["objective"] = _merge(values.get("objective", {}), {"mix": demo["objective"]["mix"]})
+    scaled["objective"] = _merge(values.get("objective", {}), {"input": {"patch": demo["objective"]["input"]["patch"]}})
     scaled["name"] = f"{values['name']}_demo"
     return scaled
 

@@ -22,7 +22,9 @@ from m3i_large.data.loader import Loader, OnBad
 from m3i_large.data.mixture import Mixture
 from m3i_large.data.sources import Source, manifest_hash, open_sources
 from m3i_large.data.tokenizer import Tokenizer
+from m3i_large.data.views import MaskSpec
 from m3i_large.errors import UserError
+from m3i_large.evaluate.load import load_frozen
 from m3i_large.metrics import MetricsWriter, append_row, environment, package_versions
 from m3i_large.models import LOG_SCALE_BOUNDS
 from m3i_large.optim import build_optimizer, decays
@@ -342,15 +344,20 @@ def make_loader(
     on_bad: OnBad | None = None,
 ) -> Loader:
     """The stream of this rank's batches from `start_step` on."""
+    shown = recipe.objective.input
     return Loader(
         recipe.data,
         mixture=mixture,
         sources=sources,
         tokenizer=Tokenizer(context_length=recipe.text.context_length),
         seed=recipe.train.seed,
-        mask_cells=recipe.data.image_size // recipe.objective.mix.patch,
-        mask_ratio=recipe.objective.mix.ratio,
-        mix_block=recipe.objective.mix.block,
+        mask=MaskSpec(
+            cells=recipe.data.image_size // shown.patch,
+            ratio=shown.ratio,
+            blockwise=shown.mask == "block",
+            mix=shown.mask == "mix",
+            mix_block=recipe.objective.mix.block,
+        ),
         rank=rank.rank,
         world=rank.world,
         accumulation=recipe.train.accumulation,
@@ -363,6 +370,8 @@ def build_engine(recipe: Recipe, ds_config: dict[str, Any], rank: Rank) -> tuple
     """Towers, then ZeRO-3 partitions, then the optimizer and the target's average."""
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     objective = build_objective(recipe, collectives=ProcessGroupCollectives(rank), dtype=dtype)
+    if recipe.objective.frozen_checkpoint is not None:
+        load_frozen(objective, Path(recipe.objective.frozen_checkpoint))
     if rank.device.type == "cpu":
         use_plain_attention(objective)
     if recipe.train.activation_checkpointing:
@@ -371,7 +380,9 @@ def build_engine(recipe: Recipe, ds_config: dict[str, Any], rank: Rank) -> tuple
     trained = ((n, p) for n, p in objective.named_parameters() if p.requires_grad)
     groups = build_param_groups(trained, weight_decay=recipe.optim.weight_decay, decays=decays)
     engine = Engine(objective, optimizer=build_optimizer(groups, recipe.optim), ds_config=ds_config, rank=rank)
-    return engine, ShardedEMA(engine) if objective.target is not None else None
+    copies = {"target": "student", "target_pool": "pool"} if recipe.objective.encoder == "ema" else {}
+    copies = {copy: source for copy, source in copies.items() if getattr(objective, copy) is not None}
+    return engine, ShardedEMA(engine, copies) if copies else None
 
 
 def buffers(engine: Engine) -> dict[str, Slice]:

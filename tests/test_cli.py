@@ -75,7 +75,7 @@ def test_mistakes_found_by_the_run_itself(tmp_path: Path) -> None:
     )
     assert "sum to 4; needed: 8" in said(good | {"data": good["data"] | {"lanes": 2}})
     assert "gradient_clipping" in said(good, ds={"zero_optimization": {"stage": 3}, "gradient_clipping": 9})
-    assert "objective.mix.patch: got 12" in said(good | {"objective": {"mix": {"patch": 12}}})
+    assert "objective.input.patch: got 12" in said(good | {"objective": {"input": {"patch": 12}}})
 
 
 def test_eval_and_report_refuse_what_is_no_run(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_demo_scale_keeps_the_objective_and_takes_the_size(name: str) -> None:
     recipe, demo = load_recipe(name, ["scale=demo"]), load_recipe("demo")
     assert recipe.backbone == demo.backbone and recipe.data == demo.data and recipe.train == demo.train
     assert recipe.objective.terms == load_recipe(name).objective.terms
-    assert recipe.objective.mix == demo.objective.mix
+    assert recipe.objective.input.patch == demo.objective.input.patch
 
 
 def test_extends_merges_mappings_and_replaces_lists() -> None:

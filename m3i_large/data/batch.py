@@ -27,8 +27,8 @@ class Batch:
     flip_NV: Tensor  # bool, horizontal flip applied after the crop
     colour_NV34: Tensor  # float32 affine on RGB in [0, 1]
     solarize_NV: Tensor  # float32 threshold in [0, 1]; above 1 means off
-    partner_N: Tensor  # int64 local row whose other view is mixed in
-    mask_NPP: Tensor  # bool, True where the mixed image shows the row's own target view
+    partner_N: Tensor  # int64 local row whose other view is mixed in; the row itself where nothing is mixed
+    mask_NPP: Tensor  # bool, True = visible; in a mix: where the row's own target view shows
     category_N: Tensor  # int64 class index, -1 = none
     text_NT: Tensor  # int64 token ids
     text_valid_N: Tensor  # bool, the row has a text

@@ -52,7 +52,7 @@ class Loader(Iterator[Batch]):
         sources: opened, in the recipe's order.
         tokenizer: for captions.
         seed: of every random choice.
-        mask_cells, mask_ratio, mix_block: of the mixed input (objective.mix).
+        mask: of the student's input (objective.input, objective.mix).
         rank, world: this rank's place.
         accumulation: micro-steps per step.
         start_step: first step to give out.
@@ -71,9 +71,7 @@ class Loader(Iterator[Batch]):
         sources: list[Source],
         tokenizer: Tokenizer,
         seed: int,
-        mask_cells: int,
-        mask_ratio: float,
-        mix_block: int | None,
+        mask: views.MaskSpec,
         rank: int,
         world: int,
         accumulation: int,
@@ -81,16 +79,14 @@ class Loader(Iterator[Batch]):
         on_bad: OnBad | None = None,
     ) -> None:
         self._config, self._mixture, self._sources, self._tokenizer = config, mixture, sources, tokenizer
-        self._seed, self._mask_cells, self._mask_ratio, self._mix_block = seed, mask_cells, mask_ratio, mix_block
+        self._seed, self._mask = seed, mask
         self._rank, self._world, self._accumulation, self._on_bad = rank, world, accumulation, on_bad
         lanes = mixture.lanes // accumulation // world
         quotas = dict(zip(mixture.source_names, mixture.max_quota, strict=True))
         rows = lanes * mixture.slots
         self._text_rows = min(rows, lanes * sum(quotas[s.name] for s in sources if s.kind == "image_text"))
         self._category_rows = min(rows, lanes * sum(quotas[s.name] for s in sources if s.kind == "image_category"))
-        views.draw_partners(
-            [0] * mixture.slots, seed=seed, step=0, slots=mixture.slots, block=mix_block
-        )  # refuse early
+        self._partners(np.zeros(mixture.slots, np.int64), 0)  # refuses a block that does not fit, before any work
         cv2.setNumThreads(1)
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="loader")
         self._next = start_step * accumulation
@@ -174,16 +170,21 @@ class Loader(Iterator[Batch]):
             flip_V=np.array(flips),
             colour_V34=np.stack(colours),
             solarize_V=np.array(solarize, np.float32),
-            mask_PP=views.draw_mask(sample, cells=self._mask_cells, ratio=self._mask_ratio),
+            mask_PP=views.draw_mask(sample, self._mask),
             category=category,
             text=raw.text,
             substitute=sample.substitute,
         )
 
+    def _partners(self, lanes: np.ndarray, step: int) -> np.ndarray:
+        if not self._mask.mix:
+            return np.arange(len(lanes))
+        slots, block = self._mixture.slots, self._mask.mix_block
+        return views.draw_partners(lanes, seed=self._seed, step=step, slots=slots, block=block)
+
     def _batch(self, index: int, rows: MixtureRows, ready: list[_Row]) -> Batch:
         step, micro_step = divmod(index, self._accumulation)
-        slots = self._mixture.slots
-        partner = views.draw_partners(rows.lane, seed=self._seed, step=step, slots=slots, block=self._mix_block)
+        partner = self._partners(rows.lane, step)
 
         def stacked(name: str) -> torch.Tensor:
             return torch.from_numpy(np.stack([getattr(row, name) for row in ready]))

@@ -95,13 +95,57 @@ def blur_sigma(draws: np.ndarray, image_size: int, config: ViewConfig) -> float:
     return (0.1 + 1.9 * draws[SIGMA]) * image_size / 224 if draws[BLUR] < config.blur else 0.0
 
 
-def draw_mask(sample: SampleKey, *, cells: int, ratio: float) -> np.ndarray:
-    """cells x cells booleans with exactly round(ratio * cells^2) True (own image), at random places."""
-    size = cells * cells
-    place = feistel(
-        np.arange(size), size, key(MASK, sample.seed, sample.epoch, sample.source, sample.id, sample.substitute)
-    )
-    return (place < round(ratio * size)).reshape(cells, cells)
+@dataclass(frozen=True, kw_only=True)
+class MaskSpec:
+    """Which cells of the student's input stay visible, and whether other images fill the rest.
+
+    Attributes:
+        cells: P, mask cells a side.
+        ratio: share of visible cells.
+        blockwise: hide rectangles of cells instead of single ones.
+        mix: whether rows get a partner; else every row is its own.
+        mix_block: rows that exchange partners; default a lane's.
+    """
+
+    cells: int
+    ratio: float
+    blockwise: bool = False
+    mix: bool = True
+    mix_block: int | None = None
+
+
+def draw_mask(sample: SampleKey, spec: MaskSpec) -> np.ndarray:
+    """cells x cells booleans with exactly round(ratio * cells^2) True (visible), the others at random places."""
+    size = spec.cells**2
+    keys = key(MASK, sample.seed, sample.epoch, sample.source, sample.id, sample.substitute)
+    visible = round(spec.ratio * size)
+    if spec.blockwise:
+        return ~_blocks(keys, spec.cells, hidden=size - visible)
+    return (feistel(np.arange(size), size, keys) < visible).reshape(spec.cells, spec.cells)
+
+
+def _blocks(keys: np.ndarray, cells: int, *, hidden: int) -> np.ndarray:
+    """Random rectangles until exactly `hidden` cells are covered; the last one is cut in reading order.
+
+    As in BEiT: at least 16 of 196 cells each (in proportion on other grids), at most what is left; sides 0.3 to 1 / 0.3
+    to one another, log-uniform.
+    """
+    covered = np.zeros((cells, cells), bool)
+    least = max(1.0, 16 * cells * cells / 196)
+    attempt = 0
+    while (left := hidden - int(covered.sum())) > 0:
+        area, ratio, y, x = uniform(keys + np.uint64(attempt), 4)[0]
+        area = least + area * max(0.0, left - least)
+        aspect = np.exp((2 * ratio - 1) * np.log(1 / 0.3))
+        h = min(cells, max(1, round(float(np.sqrt(area * aspect)))))
+        w = min(cells, max(1, round(float(np.sqrt(area / aspect)))))
+        top, start = int(y * (cells - h + 1)), int(x * (cells - w + 1))
+        block = np.zeros_like(covered)
+        block[top : top + h, start : start + w] = True
+        new = np.flatnonzero(block & ~covered)[:left]
+        covered.reshape(-1)[new] = True
+        attempt += 1
+    return covered
 
 
 def draw_partners(

@@ -44,10 +44,17 @@ class Samples:
 
 @dataclass(frozen=True)
 class Features:
-    """What a model makes of samples: pooled_NE image vectors, and where it has such heads the shared image-text space
-    (image_NF, text_NF, both of length 1) and category logits (N, C)."""
+    """What a model makes of samples.
+
+    Attributes:
+        pooled_NE: image vectors of the attention pool, or of `mean_ND` where the objective has none.
+        mean_ND: mean of the backbone's tokens, which every objective has.
+        image_NF, text_NF: the shared image-text space, both of length 1, where there is a text head.
+        logit_NC: category logits, where there is a classifier.
+    """
 
     pooled_NE: Tensor
+    mean_ND: Tensor
     image_NF: Tensor | None = None
     text_NF: Tensor | None = None
     logit_NC: Tensor | None = None
@@ -93,21 +100,21 @@ def _resize(image_HWC: np.ndarray, size: int) -> np.ndarray:
 def encode(
     objective: Objective, recipe: Recipe, samples: Samples, *, progress: Callable[[int], None] | None = None
 ) -> Features:
-    """Pools the student's tokens of whole, unmixed pictures and applies the heads that the objective has."""
-    if objective.pool is None:
-        raise UserError("evaluation: the recipe has neither a text nor a category term, so there is no pooled feature")
+    """Reads the student's tokens of whole, unmixed pictures and applies the pool and heads that the objective has."""
     mean, std = torch.tensor(recipe.data.mean), torch.tensor(recipe.data.std)
-    pooled = []
+    pooled, means = [], []
     for chunk in samples.pixels_NHWC.split(BATCH):
         image = ((chunk.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-        pooled.append(objective.pool(objective.student.tokens(image)))
+        token_NLD = objective.student.tokens(image)
+        means.append(token_NLD.mean(1))
+        pooled.append(objective.pool(token_NLD) if objective.pool is not None else means[-1])
         if progress:
             progress(len(chunk))
-    pooled_NE = torch.cat(pooled)
+    pooled_NE, mean_ND = torch.cat(pooled), torch.cat(means)
     logit_NC = objective.category_head(pooled_NE) if objective.category_head is not None else None
     if objective.text_head is None or not samples.captions:
-        return Features(pooled_NE, logit_NC=logit_NC)
+        return Features(pooled_NE, mean_ND, logit_NC=logit_NC)
     tokens = Tokenizer(context_length=recipe.text.context_length).encode(samples.captions)
     text_NW = torch.cat([objective.text(chunk) for chunk in tokens.split(BATCH)])
     image_NF, text_NF, _ = objective.text_head(pooled_NE, text_NW)
-    return Features(pooled_NE, F.normalize(image_NF, dim=-1), F.normalize(text_NF, dim=-1), logit_NC)
+    return Features(pooled_NE, mean_ND, F.normalize(image_NF, dim=-1), F.normalize(text_NF, dim=-1), logit_NC)

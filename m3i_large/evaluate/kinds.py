@@ -81,10 +81,15 @@ def zeroshot_chance(samples: Samples) -> Values:
 
 
 def categories(samples: Samples, features: Features) -> Values:
-    """Accuracy of the trained classifier, over all samples and as the mean over classes."""
+    """Accuracy of the trained classifier."""
     if features.logit_NC is None:
         raise UserError("evaluation: the recipe has no category term, so there is no classifier")
-    hit = (features.logit_NC.argmax(1) == samples.labels_N).double()
+    return accuracies(samples, features.logit_NC)
+
+
+def accuracies(samples: Samples, logit_NC: Tensor) -> Values:
+    """Share of right answers over all samples, and as the mean over classes."""
+    hit = (logit_NC.argmax(1) == samples.labels_N).double()
     per_class = [hit[samples.labels_N == c].mean().item() for c in samples.labels_N.unique()]
     return {"top1": hit.mean().item(), "mean_per_class": sum(per_class) / len(per_class)}
 

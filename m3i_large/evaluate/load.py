@@ -35,13 +35,18 @@ def load_trained(path: Path, *, branch: str = "student") -> tuple[Recipe, Object
     saved = Checkpoint(find_checkpoint(path))
     recipe = validate(saved.manifest["recipe"])
     objective = build_objective(recipe)
+    if recipe.objective.encoder == "frozen":  # checkpoints do not repeat it, and nothing but training needs it
+        objective.target = objective.target_pool = None
     state = {key.removeprefix("master/"): saved.read_full(key) for key in saved.keys("master/")}
     average = {key.removeprefix("ema/"): saved.read_full(key) for key in saved.keys("ema/")}
     state |= average | {key.removeprefix("buffer/"): saved.read_full(key) for key in saved.keys("buffer/")}
     if branch == "target":
         if not average:
             raise UserError(f"branch: {path} was trained without a target encoder; needed: student")
-        state |= {name.replace("target.", "student.", 1): value for name, value in average.items()}
+        copies = {"target": "student", "target_pool": "pool"}
+        for name, value in average.items():
+            copy, _, rest = name.partition(".")
+            state[f"{copies[copy]}.{rest}"] = value
     try:
         objective.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -54,3 +59,25 @@ def load_trained(path: Path, *, branch: str = "student") -> tuple[Recipe, Object
 def load_untrained(recipe: Recipe) -> Objective:
     """The same towers as they were before the first step."""
     return build_objective(recipe).eval()
+
+
+def load_frozen(objective: Objective, path: Path) -> None:
+    """Fills the frozen target encoder (and its pool) with the moving average of another run, or its student.
+
+    Raises:
+        UserError: no checkpoint there, or one of another backbone.
+    """
+    saved = Checkpoint(find_checkpoint(path))
+    for copy, source in (("target", "student"), ("target_pool", "pool")):
+        module = getattr(objective, copy)
+        if module is None:
+            continue
+        prefix = next((p for p in (f"ema/{copy}.", f"master/{source}.") if saved.keys(p)), None)
+        state = {key.removeprefix(prefix): saved.read_full(key) for key in saved.keys(prefix)} if prefix else {}
+        try:
+            module.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            detail = str(error).splitlines()[1].strip()
+            raise UserError(
+                f"objective.frozen_checkpoint: {saved.directory} holds no {source} like the recipe's: {detail}"
+            ) from None

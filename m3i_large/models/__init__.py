@@ -5,9 +5,9 @@ a parameter is present only while its own module runs.
 """
 
 from m3i_large.models.config import BackboneConfig, DecoderConfig, PoolConfig, TextConfig
-from m3i_large.models.decoder import DenseDecoder, PositionEmbedding
+from m3i_large.models.decoder import DenseDecoder, LinearDecoder, PositionEmbedding
 from m3i_large.models.factory import create_model
-from m3i_large.models.heads import LOG_SCALE_BOUNDS, CategoryHead, TextHead
+from m3i_large.models.heads import LOG_SCALE_BOUNDS, CategoryHead, GlobalHead, TextHead
 from m3i_large.models.pool import AttentionPool
 from m3i_large.models.text import TextTower
 
@@ -18,6 +18,8 @@ __all__ = [
     "CategoryHead",
     "DecoderConfig",
     "DenseDecoder",
+    "GlobalHead",
+    "LinearDecoder",
     "PoolConfig",
     "PositionEmbedding",
     "TextConfig",

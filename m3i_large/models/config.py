@@ -29,6 +29,7 @@ class ViTConfig(ModelConfig):
     image_size: PositiveInt = 224
     patch_size: PositiveInt = 16
     mlp_ratio: PositiveFloat = 4.0
+    mask_token: bool = Field(False, description="a learned token that can stand in for hidden patches")
 
 
 class TextConfig(ModelConfig):

@@ -40,7 +40,7 @@ class DenseDecoder(nn.Module):
     One decoder serves the intra- and the inter-view term. `blocks` are what activation checkpointing wraps.
     """
 
-    def __init__(self, backbone_width: int, config: DecoderConfig) -> None:
+    def __init__(self, backbone_width: int, config: DecoderConfig, *, out: int | None = None) -> None:
         super().__init__()
         width = config.width or backbone_width
         check_divides("decoder.width", width, by=config.heads, field="decoder.heads")
@@ -50,12 +50,13 @@ class DenseDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.blocks = nn.ModuleList(Block(width, config.heads, qkv_bias=True) for _ in range(config.layers))
         self.norm = LayerNorm(width)
-        self.project_out = nn.Linear(width, backbone_width)
+        self.project_out = nn.Linear(width, out or backbone_width)
         init_linears_xavier(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, context_BKD: Tensor, context_position_BK4: Tensor, query_position_BL4: Tensor) -> Tensor:
-        """context_BKD (the backbone's width) at its positions, and the positions to predict -> (B, L, backbone width).
+        """context_BKD (the backbone's width) at its positions, and the positions to predict -> (B, L, `out`, by
+        default the backbone's width).
 
         The order of the context does not matter. ValueError if tokens and positions do not match.
         """
@@ -72,3 +73,21 @@ class DenseDecoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.project_out(self.norm(x[:, -num_queries:]))
+
+
+class LinearDecoder(nn.Module):
+    """One linear map from every token to the target at its own place: no mask tokens, no positions."""
+
+    def __init__(self, backbone_width: int, *, out: int | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        self.linear = nn.Linear(backbone_width, out or backbone_width)
+        init_linears_xavier(self)
+
+    def forward(self, context_BKD: Tensor, context_position_BK4: Tensor, query_position_BL4: Tensor) -> Tensor:
+        """context_BKD (B, L, backbone width), row-major -> (B, L, out). ValueError if some tokens are missing."""
+        if context_BKD.shape[1] != query_position_BL4.shape[1]:
+            raise ValueError(
+                f"context_BKD: got {context_BKD.shape[1]} tokens, needed all {query_position_BL4.shape[1]} of the image"
+            )
+        return self.linear(context_BKD)

@@ -47,3 +47,19 @@ class TextHead(nn.Module):
     def forward(self, pooled_BE: Tensor, text_NW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns image_BF and text_NF, neither normalised, and the scale 1 / tau, shape (1,), float32."""
         return self.image_projection(pooled_BE), self.text_projection(text_NW), self.log_scale.float().exp()
+
+
+class GlobalHead(nn.Module):
+    """From the student's pooled vector to a guess of the target's: a two-layer perceptron (the decoder of rows c, f,
+    i and l of METHOD section 5)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, 2 * width)
+        self.norm = nn.LayerNorm(2 * width)
+        self.out = nn.Linear(2 * width, width)
+        init_linears(self)
+
+    def forward(self, pooled_BE: Tensor) -> Tensor:
+        """pooled_BE -> (B, E)."""
+        return self.out(nn.functional.gelu(self.norm(self.hidden(pooled_BE))))

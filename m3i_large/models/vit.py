@@ -40,14 +40,23 @@ class ViT(nn.Module):
         )
         self.norm = LayerNorm(config.width)
         self.head = nn.Linear(config.width, num_classes) if num_classes else None
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.width)) if config.mask_token else None
 
         # timm's own initialisation; the patch convolution keeps torch's default there too.
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         init_linears(self)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, image_BCHW: Tensor, *, keep_BK: Tensor | None = None, as_tokens: bool = False, as_logits: bool = False
+        self,
+        image_BCHW: Tensor,
+        *,
+        keep_BK: Tensor | None = None,
+        hide_BL: Tensor | None = None,
+        as_tokens: bool = False,
+        as_logits: bool = False,
     ) -> list[Tensor] | Tensor:
         """image_BCHW (B, 3, image_size, image_size) -> [feature map (B, D, G, G)], after the final norm.
 
@@ -61,7 +70,12 @@ class ViT(nn.Module):
             )
         if keep_BK is not None and not as_tokens:
             raise ValueError("keep_BK: dropped tokens leave no map and no whole image, needed as_tokens=True")
-        patch_BLD = self.patch_embed(image_BCHW) + self.pos_embed[:, 1:]
+        patch_BLD = self.patch_embed(image_BCHW)
+        if hide_BL is not None:
+            if self.mask_token is None:
+                raise ValueError("hide_BL: the model has no mask token, needed backbone.arch.mask_token true")
+            patch_BLD = torch.where(hide_BL[..., None], self.mask_token.to(patch_BLD.dtype), patch_BLD)
+        patch_BLD = patch_BLD + self.pos_embed[:, 1:]
         if keep_BK is not None:
             patch_BLD = patch_BLD.take_along_dim(keep_BK[..., None], dim=1)
         class_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(image_BCHW), -1, -1)
@@ -78,12 +92,13 @@ class ViT(nn.Module):
             return token_BLD
         return [token_BLD.transpose(1, 2).unflatten(2, (self.grid, self.grid))]
 
-    def tokens(self, image_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+    def tokens(self, image_BCHW: Tensor, keep_BK: Tensor | None = None, hide_BL: Tensor | None = None) -> Tensor:
         """Patch tokens after the final norm, row-major, without the class token -> (B, L, D).
 
         keep_BK (int64, indices into the L patches): only these enter the blocks; the result is (B, K, D) in its order.
+        hide_BL (bool): these patches enter as the mask token, which the model must have (`mask_token`).
         """
-        return self(image_BCHW, keep_BK=keep_BK, as_tokens=True)
+        return self(image_BCHW, keep_BK=keep_BK, hide_BL=hide_BL, as_tokens=True)
 
     def logits(self, image_BCHW: Tensor) -> Tensor:
         """The classifier on the class token, as timm's -> (B, num_classes). ValueError without a classifier."""

@@ -1,12 +1,12 @@
-"""M3I: two inputs in one mixed image, up to four targets, one loss (METHOD sections 1-3; paper Eq. 3-5).
+"""One step of any objective: input, student, targets, terms, one loss (METHOD sections 1-3; paper Eq. 3-5).
 
-Legend: N local rows, L = G * G tokens, K own and L - K foreign tokens of a mixed image, D width, E pooled width,
-F shared image-text width, T text tokens, V views, 2N = rows seen as image i (own part), then as image j (foreign part).
+Legend: N local rows, L = G * G tokens, K tokens of a reading, D width, E pooled width, C colours, H W pixels.
 
 Every loss is a mean over all valid rows of all ranks. A rank returns world * (sum of its rows) / (global count), so
 that the mean over ranks, which ZeRO takes of the gradients, is the global mean.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,18 +17,25 @@ from torch import Tensor, nn
 from m3i_large.data.batch import OTHER_VIEW, TARGET_VIEW, Batch
 from m3i_large.errors import UserError
 from m3i_large.objective.collectives import Collectives
-from m3i_large.objective.config import DENSE, ObjectiveConfig
+from m3i_large.objective.config import ObjectiveConfig, TermConfig
 from m3i_large.objective.geometry import grid_position, relative_position
-from m3i_large.objective.posterior import boltzmann, effective_rank, gaussian, second_moment
+from m3i_large.objective.posterior import second_moment
+from m3i_large.objective.readings import Reading, split_cells, take, visible_NL
+from m3i_large.objective.signals import gradient_norms, spread
+from m3i_large.objective.terms import Rows, category_rows, dense_rows, global_rows, pixel_targets, text_rows
+
+VIEWS = {"target": TARGET_VIEW, "other": OTHER_VIEW}
 
 
 class Objective(nn.Module):
     """Sum of the recipe's terms over one micro-batch.
 
     Args:
-        config: mixing and terms.
-        student, target: image encoders with `tokens(image_BCHW) -> (B, L, D)`; the target is frozen.
-        text, pool, decoder, category_head, text_head: see models/; None where no term needs one.
+        config: input and terms.
+        student: image encoder with `tokens(image_BCHW, keep_BK, hide_BL) -> (B, L or K, D)`.
+        target, target_pool: encoder and pool that make image features into targets, frozen; None where no term needs
+            one, or where it is the student itself (encoder shared).
+        text, pool, decoder, category_head, text_head, global_head: see models/; None where no term needs one.
         collectives: gather and reduce over the ranks of the contrast batch.
         mean, std: per channel, in [0, 1] units.
         num_sources: sources of the recipe, for per-source losses.
@@ -44,20 +51,24 @@ class Objective(nn.Module):
     text: Any
     decoder: Any
     pool: Any
+    target_pool: Any
     category_head: Any
     text_head: Any
+    global_head: Any
 
     def __init__(
         self,
         config: ObjectiveConfig,
         *,
         student: Any,
-        target: nn.Module | None,
-        text: nn.Module | None,
-        decoder: nn.Module | None,
-        pool: nn.Module | None,
-        category_head: nn.Module | None,
-        text_head: nn.Module | None,
+        target: nn.Module | None = None,
+        text: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        pool: nn.Module | None = None,
+        target_pool: nn.Module | None = None,
+        category_head: nn.Module | None = None,
+        text_head: nn.Module | None = None,
+        global_head: nn.Module | None = None,
         collectives: Collectives,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -67,48 +78,55 @@ class Objective(nn.Module):
         super().__init__()
         self.config, self.collectives = config, collectives
         self.student, self.target, self.text, self.decoder = student, target, text, decoder
-        self.pool, self.category_head, self.text_head = pool, category_head, text_head
+        self.pool, self.target_pool = pool, target_pool
+        self.category_head, self.text_head, self.global_head = category_head, text_head, global_head
         self.mean, self.std, self.num_sources, self.compute_dtype = mean, std, num_sources, compute_dtype
-        patch, stride, size = config.mix.patch, student.token_stride, student.image_size
-        if patch % stride or size % patch:
+        patch, stride, size = config.input.patch, student.token_stride, student.image_size
+        if config.input.mask != "none" and (patch % stride or size % patch):
             raise UserError(
-                f"objective.mix.patch: got {patch}; needed: a multiple of the token stride {stride} that divides {size}"
+                f"objective.input.patch: got {patch}; needed: a multiple of the token stride {stride} that divides "
+                f"{size}"
             )
         self.grid: int = student.grid
         cells = (size // patch) ** 2
-        self.num_own = round(config.mix.ratio * cells) * (patch // stride) ** 2
+        self.num_visible = round(config.input.ratio * cells) * (patch // stride) ** 2
 
     def forward(self, batch: Batch, *, signals: bool = False) -> dict[str, Tensor]:
         """Losses of one micro-batch, keyed as in metrics.jsonl.
 
         Returns "loss" (with graph), "loss/<term>", "source/<term>" (num_sources, 2) with the sum and count of row
-        losses, "optim/temperature" where there is a text term, and with `signals` "collapse/<term>/{std,rank}".
+        losses, "optim/temperature" where there is a text term, and with `signals` "collapse/<term>/{std, rank,
+        prediction_std, prediction_rank}" of image features, "cosine/<term>/{positive, negative}" of contrasted pairs
+        and "gradient/<term>", the norm of the weighted term's gradient by the student's token map.
         """
-        mixed, own = self._images(batch)
-        token_NLD = self.student.tokens(mixed)
-        own_NK, foreign_NK = self._split(batch.mask_NPP)
-        image_of_j = torch.argsort(batch.partner_N)  # the mixed row whose foreign part shows image n
-        out: dict[str, Tensor] = {}
-        rows: dict[str, tuple[Tensor, Tensor]] = {}
-        if self.config.dense:
-            feature_NLD, moment_DD = self._target(own)
-            rows |= self._dense_rows(batch, token_NLD, own_NK, foreign_NK, image_of_j, feature_NLD, moment_DD)
-            if signals:
-                out |= self._signals(feature_NLD, moment_DD)
+        image, own = self._images(batch)
+        token_NKD, readings = self._encode(batch, image)
+        rows: dict[str, Rows] = {}
+        for term in self.config.terms:
+            if term.dense or term.target == "global":
+                rows |= self._image_rows(batch, own, readings)
+                break
         if self.config.has("category") or self.config.has("text"):
-            pooled_i, pooled_j = self._pooled(token_NLD, own_NK, foreign_NK)
-            pooled_j = pooled_j[image_of_j]
-            if self.config.has("category"):
-                rows["category"] = self._category_rows(batch, pooled_i, pooled_j)
-            if self.config.has("text"):
-                rows["text"], out["optim/temperature"] = self._text_rows(batch, pooled_i, pooled_j)
-        return out | self._sum(batch, rows)
+            # One vector per image from every reading: as image i and as image j.
+            pooled = [r.by_image(value) for r, value in zip(readings, self._pooled(readings), strict=True)]
+            if term := self.config.term("category"):
+                rows[term.name] = category_rows(term, batch, pooled, self.category_head)
+            if term := self.config.term("text"):
+                rows[term.name] = text_rows(term, batch, pooled, self.text, self.text_head, self.collectives)
+        return self._sum(batch, rows, token_NKD if signals else None)
 
     # -- the parts, in the order of forward ---------------------------------------------------------------------------
 
     @torch.no_grad()
     def _images(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """mixed_n = m_n * y_n + (1 - m_n) * x_partner(n), and y_n itself."""
+        """The student's images before tokens are hidden, and the target views y.
+
+        With mask mix: m_n * y_n + (1 - m_n) * x_partner(n). The views alone are mixes of a row with itself.
+        """
+        if self.config.input.mask != "mix":
+            shown = torch.full_like(batch.mask_NPP, self.config.input.view == "target")
+            alone = torch.arange(len(batch), device=batch.partner_N.device)
+            batch = replace(batch, mask_NPP=shown, partner_N=alone)
         return patch_mix(
             batch.target_NHWC,
             batch.other_NHWC,
@@ -122,137 +140,110 @@ class Objective(nn.Module):
             dtype=self.compute_dtype,
         )
 
-    def _split(self, mask_NPP: Tensor) -> tuple[Tensor, Tensor]:
-        """Token indices of the own and of the foreign part, each in raster order -> (N, K), (N, L - K)."""
-        repeat = self.grid // mask_NPP.shape[-1]
-        own_NL = mask_NPP.repeat_interleave(repeat, 1).repeat_interleave(repeat, 2).flatten(1)
-        order_NL = torch.argsort(own_NL.logical_not().to(torch.int8), dim=1, stable=True)
-        return order_NL[:, : self.num_own], order_NL[:, self.num_own :]
+    def _encode(self, batch: Batch, image: Tensor) -> tuple[Tensor, list[Reading]]:
+        """The student's token map, and which tokens show which image."""
+        given = self.config.input
+        cells = {"grid": self.grid, "num_visible": self.num_visible}
+        if given.mask == "mix":
+            token = self.student.tokens(image)
+            own_NK, foreign_NK = split_cells(batch.mask_NPP, **cells)
+            return token, [
+                Reading(TARGET_VIEW, take(token, own_NK), own_NK),
+                Reading(OTHER_VIEW, take(token, foreign_NK), foreign_NK, image_N=batch.partner_N),
+            ]
+        if given.fill == "drop":
+            kept_NK, _ = split_cells(batch.mask_NPP, **cells)
+            token = self.student.tokens(image, keep_BK=kept_NK)
+            return token, [Reading(VIEWS[given.view], token, kept_NK)]
+        hidden_NL = ~visible_NL(batch.mask_NPP, self.grid) if given.fill == "token" else None
+        token = self.student.tokens(image, hide_BL=hidden_NL)
+        every_NL = torch.arange(self.grid**2, device=token.device).expand(len(batch), -1)
+        return token, [Reading(VIEWS[given.view], token, every_NL)]
 
-    @torch.no_grad()
-    def _target(self, own: Tensor) -> tuple[Tensor, Tensor]:
-        """LayerNorm (no affine) of the target's tokens, and their second moment over all ranks."""
-        token_NLD = self.target.tokens(own)
-        feature_NLD = F.layer_norm(token_NLD.float(), token_NLD.shape[-1:])
-        tokens = feature_NLD.shape[0] * feature_NLD.shape[1] * self.collectives.world
-        return feature_NLD, self.collectives.all_reduce_sum(second_moment(feature_NLD)) / tokens
-
-    def _dense_rows(
-        self,
-        batch: Batch,
-        token_NLD: Tensor,
-        own_NK: Tensor,
-        foreign_NK: Tensor,
-        image_of_j: Tensor,
-        feature_NLD: Tensor,
-        moment_DD: Tensor,
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Intra: features of image i from its own part. Inter: features of image j from the foreign part."""
-        plain_L4 = grid_position(self.grid, device=token_NLD.device)
-        query_i = plain_L4.expand(len(batch), -1, -1)
-        boxes = (batch.box_NV4, batch.size_N2, batch.flip_NV)
-        relative_NL4 = relative_position(*boxes, grid=self.grid, input_view=OTHER_VIEW, target_view=TARGET_VIEW)
-        query_j = relative_NL4[batch.partner_N]
-        predicted_i, predicted_j = self._decode(token_NLD, (own_NK, foreign_NK), (query_i, query_j), plain_L4)
-        predicted = {"intra": predicted_i, "inter": predicted_j[image_of_j]}
-        everyone = torch.ones(len(batch), dtype=torch.bool, device=token_NLD.device)
-        rows: dict[str, tuple[Tensor, Tensor]] = {}
-        for term in self.config.terms:
-            if term.name in DENSE:
-                moment = moment_DD if term.decorrelation else None
-                loss_N = gaussian(
-                    predicted[term.name], feature_NLD, moment_DD=moment, strength=term.decorrelation or 0.0
-                )
-                rows[term.name] = (loss_N, everyone)
+    def _image_rows(self, batch: Batch, own: Tensor, readings: list[Reading]) -> dict[str, Rows]:
+        """Terms whose target is made of the image: pixels, dense features, a global feature."""
+        by_view = {reading.view: reading for reading in readings}
+        dense = [term for term in self.config.terms if term.dense]
+        pooled = [term for term in self.config.terms if term.target == "global"]
+        rows: dict[str, Rows] = {}
+        feature = None if self.config.encoder is None else self._features(own)
+        if dense:
+            predicted = self._decode(batch, by_view, {_view(term) for term in dense})
+            if dense[0].target == "pixels":
+                target = pixel_targets(own, patch=self.student.token_stride)
+            else:
+                assert feature is not None, "checked with the recipe"
+                target = F.layer_norm(feature.float(), feature.shape[-1:])
+            count = target.shape[0] * target.shape[1] * self.collectives.world
+            moment_DD = None
+            if any(term.decorrelation for term in dense):
+                moment_DD = self.collectives.all_reduce_sum(second_moment(target)) / count
+            rows |= {t.name: dense_rows(t, predicted[_view(t)], target, moment_DD) for t in dense}
+        if pooled:
+            reading = by_view[_view(pooled[0])]
+            predicted_NE = reading.by_image(self.global_head(self.pool(reading.token_NKD)))
+            target_NE = self._pooled_target(feature)
+            rows |= {t.name: global_rows(t, predicted_NE, target_NE, self.collectives) for t in pooled}
         return rows
 
-    def _decode(
-        self, token_NLD: Tensor, parts: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor], plain_L4: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Both images' predictions; one call of the decoder where both parts have the same number of tokens."""
-        context = [_take(token_NLD, part) for part in parts]
-        position = [plain_L4[part] for part in parts]
-        if parts[0].shape == parts[1].shape:
-            both = self.decoder(torch.cat(context), torch.cat(position), torch.cat(queries))
-            return both.chunk(2)
-        own, foreign = (self.decoder(c, p, q) for c, p, q in zip(context, position, queries, strict=True))
-        return own, foreign
-
-    def _pooled(self, token_NLD: Tensor, own_NK: Tensor, foreign_NK: Tensor) -> tuple[Tensor, Tensor]:
-        own, foreign = _take(token_NLD, own_NK), _take(token_NLD, foreign_NK)
-        if own.shape == foreign.shape:
-            return self.pool(torch.cat([own, foreign])).chunk(2)
-        return self.pool(own), self.pool(foreign)
-
-    def _category_rows(self, batch: Batch, pooled_i: Tensor, pooled_j: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy over classes, as image i plus as image j, for rows with a label."""
-        valid_N = batch.category_N >= 0
-        index_n, real_n = _select(valid_N, batch.category_rows)
-        logit = self.category_head(torch.cat([pooled_i[index_n], pooled_j[index_n]]))
-        label_n = batch.category_N[index_n].clamp_min(0)
-        logit_i, logit_j = logit.chunk(2)
-        loss_n = boltzmann(logit_i, label_n) + boltzmann(logit_j, label_n)
-        return _scatter(loss_n, index_n, real_n, len(batch)), valid_N
-
-    def _text_rows(self, batch: Batch, pooled_i: Tensor, pooled_j: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """CLIP over all ranks, symmetric, as image i plus as image j: two separate N x N losses."""
-        index_n, real_n = _select(batch.text_valid_N, batch.text_rows)
-        token_nT = batch.text_NT[index_n]
-        pooled = torch.cat([pooled_i[index_n], pooled_j[index_n]])
-        image_2nF, text_nF, scale = self.text_head(pooled, self.text(token_nT))
-        text_nF, scale = F.normalize(text_nF.float(), dim=-1), scale.float()
-        gather = self.collectives.all_gather
-        all_text, all_token, all_real = gather(text_nF), gather(token_nT), gather(real_n)
-        label_n = torch.arange(len(index_n), device=index_n.device) + self.collectives.rank * len(index_n)
-        # Equal captions are no negatives of each other; padded rows are nobody's.
-        same_nM = (token_nT[:, None] == all_token[None]).all(-1)
-        allowed_nM = (all_real[None] & ~same_nM).scatter(1, label_n[:, None], True)
-        loss_n = torch.zeros_like(text_nF[:, 0])
-        for image_nF in F.normalize(image_2nF.float(), dim=-1).chunk(2):
-            all_image = gather(image_nF)
-            to_text = boltzmann(scale * image_nF @ all_text.T, label_n, allowed_nM=allowed_nM)
-            to_image = boltzmann(scale * text_nF @ all_image.T, label_n, allowed_nM=allowed_nM)
-            loss_n = loss_n + (to_text + to_image) / 2
-        return (_scatter(loss_n, index_n, real_n, len(batch)), batch.text_valid_N), (1 / scale).detach().squeeze()
-
-    def _sum(self, batch: Batch, rows: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Means over the global number of valid rows, the weighted sum, and each source's share."""
-        out: dict[str, Tensor] = {}
-        total = torch.zeros((), device=batch.box_NV4.device)
-        local = torch.stack([valid.sum() for _, valid in rows.values()]).float()
-        counts = self.collectives.all_reduce_sum(local).clamp_min(1)
-        weights: dict[str, float] = {term.name: term.weight for term in self.config.terms}
-        for (name, (loss_N, valid_N)), count in zip(rows.items(), counts, strict=True):
-            loss_N = torch.where(valid_N, loss_N, torch.zeros_like(loss_N))
-            loss = self.collectives.world * loss_N.sum() / count
-            out[f"loss/{name}"] = loss.detach()
-            total = total + weights[name] * loss
-            pairs = torch.stack([loss_N.detach(), valid_N.float()], dim=-1)
-            out[f"source/{name}"] = pairs.new_zeros(self.num_sources, 2).index_add_(0, batch.source_N, pairs)
-        return out | {"loss": total}
+    @torch.no_grad()
+    def _features(self, own: Tensor) -> Tensor:
+        """Tokens of the target views by the target encoder, or by the student where they share weights."""
+        return (self.student if self.config.encoder == "shared" else self.target).tokens(own)
 
     @torch.no_grad()
-    def _signals(self, feature_NLD: Tensor, moment_DD: Tensor) -> dict[str, Tensor]:
-        """Standard deviation over tokens (mean over channels) and effective rank of the targets."""
-        count = feature_NLD.shape[0] * feature_NLD.shape[1] * self.collectives.world
-        mean_D = self.collectives.all_reduce_sum(feature_NLD.sum((0, 1))) / count
-        covariance = moment_DD - torch.outer(mean_D, mean_D)
-        std, rank = covariance.diagonal().clamp_min(0).sqrt().mean(), effective_rank(covariance)
-        names = [term.name for term in self.config.terms if term.name in DENSE]
-        return {f"collapse/{n}/{k}": v for n in names for k, v in (("std", std), ("rank", rank))}
+    def _pooled_target(self, feature_NLD: Tensor | None) -> Tensor:
+        return (self.pool if self.config.encoder == "shared" else self.target_pool)(feature_NLD)
+
+    def _decode(self, batch: Batch, by_view: dict[int, Reading], wanted: set[int]) -> dict[int, Tensor]:
+        """Predictions of every patch of the target view, by view read; one call of the decoder where shapes agree."""
+        plain_L4 = grid_position(self.grid, device=batch.box_NV4.device)
+        inputs = []
+        for view in sorted(wanted):
+            reading = by_view[view]
+            query = plain_L4.expand(len(batch), -1, -1)
+            if view == OTHER_VIEW:
+                boxes = (batch.box_NV4, batch.size_N2, batch.flip_NV)
+                query = reading.of_image(
+                    relative_position(*boxes, grid=self.grid, input_view=OTHER_VIEW, target_view=TARGET_VIEW)
+                )
+            inputs.append((reading.token_NKD, plain_L4[reading.cell_NK], query))
+        if len({context.shape for context, _, _ in inputs}) == 1:
+            columns = (torch.cat(column) for column in zip(*inputs, strict=True))
+            decoded = self.decoder(*columns).chunk(len(inputs))
+        else:
+            decoded = tuple(self.decoder(*one) for one in inputs)
+        return {view: by_view[view].by_image(out) for view, out in zip(sorted(wanted), decoded, strict=True)}
+
+    def _pooled(self, readings: list[Reading]) -> tuple[Tensor, ...]:
+        """The pool of every reading, by row; one call where shapes agree."""
+        tokens = [reading.token_NKD for reading in readings]
+        if len({token.shape for token in tokens}) == 1:
+            return self.pool(torch.cat(tokens)).chunk(len(tokens))
+        return tuple(self.pool(token) for token in tokens)
+
+    def _sum(self, batch: Batch, rows: dict[str, Rows], token: Tensor | None) -> dict[str, Tensor]:
+        """Means over the global number of valid rows, the weighted sum, each source's share, and the signals."""
+        out: dict[str, Tensor] = {}
+        weighted: dict[str, Tensor] = {}
+        local = torch.stack([row.valid_N.sum() for row in rows.values()]).float()
+        counts = self.collectives.all_reduce_sum(local).clamp_min(1)
+        weights = {term.name: term.weight for term in self.config.terms}
+        for (name, row), count in zip(rows.items(), counts, strict=True):
+            loss_N = torch.where(row.valid_N, row.loss_N, torch.zeros_like(row.loss_N))
+            loss = self.collectives.world * loss_N.sum() / count
+            out[f"loss/{name}"] = loss.detach()
+            weighted[name] = weights[name] * loss
+            pairs = torch.stack([loss_N.detach(), row.valid_N.float()], dim=-1)
+            out[f"source/{name}"] = pairs.new_zeros(self.num_sources, 2).index_add_(0, batch.source_N, pairs)
+            out |= row.metrics
+            if token is not None:
+                out |= spread(name, row, self.collectives)
+        if token is not None:
+            out |= gradient_norms(weighted, token, self.collectives)
+        return out | {"loss": torch.stack(list(weighted.values())).sum()}
 
 
-def _take(token_NLD: Tensor, index_NK: Tensor) -> Tensor:
-    return token_NLD.take_along_dim(index_NK[..., None], dim=1)
-
-
-def _select(valid_N: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Indices of the valid rows, padded with others to a fixed number, and which of them are real."""
-    index = torch.argsort(valid_N.logical_not().to(torch.int8), stable=True)[:rows]
-    return index, valid_N[index]
-
-
-def _scatter(loss_n: Tensor, index_n: Tensor, real_n: Tensor, num_rows: int) -> Tensor:
-    """Row losses back at their rows; padded ones add nothing (their graph stays, so every rank runs the same)."""
-    kept = torch.where(real_n, loss_n, torch.zeros_like(loss_n))
-    return kept.new_zeros(num_rows).index_add(0, index_n, kept)
+def _view(term: TermConfig) -> int:
+    """The view from which a term predicts the target view."""
+    return TARGET_VIEW if term.view == "same" else OTHER_VIEW

@@ -9,18 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def gaussian(prediction_nLD: Tensor, target_nLD: Tensor, *, moment_DD: Tensor | None, strength: float) -> Tensor:
-    """Row losses (n,) of the dense terms: (mean |p - t|^2 + lambda mean p^T C p) / D, lambda D = `strength`.
+def gaussian(
+    prediction_nLD: Tensor,
+    target_nLD: Tensor,
+    *,
+    moment_DD: Tensor | None,
+    strength: float,
+    sigma: float | None = None,
+) -> Tensor:
+    """Row losses (n,) of a regression: (mean |p - t|^2 + lambda mean p^T C p) / D, lambda D = `strength`.
 
     moment_DD is C, the mean of t t^T over all tokens of all ranks; None leaves the second part out. It is evaluated as
-    sum((P C) * P), never through an (n L) x (n L) matrix. Both means run over the L tokens.
+    sum((P C) * P), never through an (n L) x (n L) matrix. Both means run over the L tokens. With `sigma` the factor
+    1 / D becomes the Gaussian's own 1 / (2 sigma^2).
     """
     width = prediction_nLD.shape[-1]
     p, t = prediction_nLD.float(), target_nLD.float()
     loss_n = (p - t).square().sum(-1).mean(1)
     if moment_DD is not None:
         loss_n = loss_n + strength / width * ((p @ moment_DD) * p).sum(-1).mean(1)
-    return loss_n / width
+    return loss_n / width if sigma is None else loss_n / (2 * sigma**2)
 
 
 def boltzmann(logit_nM: Tensor, label_n: Tensor, *, allowed_nM: Tensor | None = None) -> Tensor:

@@ -5,31 +5,37 @@ its run of every target parameter, feeds it from the student's fp32 master weigh
 rounds it into the run that the target's forward pass gathers.
 """
 
+from collections.abc import Mapping
+
 import torch
 from m3i_kernels.ema_update import ema_update
-from torch import nn
+from torch import Tensor, nn
 
 from m3i_large.parallel.engine import Engine, Slice, full_shape
 
 
 class ShardedEMA:
-    """Exponential moving average of `student` in `target`, both inside one engine's module.
+    """Exponential moving averages of sub-modules in copies of them, all inside one engine's module.
 
     Args:
-        engine: the engine whose module holds both.
-        student, target: names of the two sub-modules. Every parameter and buffer of one must exist in the other with
-            the same shape; the target must not require gradients.
+        engine: the engine whose module holds them.
+        copies: {name of the averaged copy: name of its source}. Every parameter and buffer of one must exist in the
+            other with the same shape; a copy must not require gradients.
 
     Raises:
         ValueError: names, shapes or partitions of the two differ.
     """
 
-    def __init__(self, engine: Engine, *, student: str = "student", target: str = "target") -> None:
+    def __init__(self, engine: Engine, copies: Mapping[str, str]) -> None:
         self._engine = engine
-        self._prefix = target
-        source, twin = engine.module.get_submodule(student), engine.module.get_submodule(target)
-        self._pairs = _match(dict(source.named_parameters()), dict(twin.named_parameters()))
-        self._buffers = _match(dict(source.named_buffers()), dict(twin.named_buffers()))
+        self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._buffers: dict[str, tuple[Tensor, Tensor]] = {}
+        for copy, name in copies.items():
+            source, twin = engine.module.get_submodule(name), engine.module.get_submodule(copy)
+            parameters = _match(dict(source.named_parameters()), dict(twin.named_parameters()))
+            self._pairs |= {f"{copy}.{key}": pair for key, pair in parameters.items()}
+            buffers = _match(dict(source.named_buffers()), dict(twin.named_buffers()))
+            self._buffers |= {f"{copy}.{key}": pair for key, pair in buffers.items()}
         trained = [name for name, (_, parameter) in self._pairs.items() if parameter.requires_grad]
         if trained:
             raise ValueError(f"target parameters must not require gradients, got {trained[:3]}")
@@ -49,9 +55,7 @@ class ShardedEMA:
     def state(self) -> dict[str, Slice]:
         """Slices of the fp32 average, keyed `ema/<name in the engine's module>`."""
         return {
-            f"ema/{self._prefix}.{name}": Slice(
-                full_shape(twin), self._engine.master(parameter).offset, self._shadow[name]
-            )
+            f"ema/{name}": Slice(full_shape(twin), self._engine.master(parameter).offset, self._shadow[name])
             for name, (parameter, twin) in self._pairs.items()
         }
 

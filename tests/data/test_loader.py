@@ -20,6 +20,7 @@ from m3i_large.data.loader import Loader
 from m3i_large.data.mixture import Mixture
 from m3i_large.data.sources import open_sources
 from m3i_large.data.tokenizer import Tokenizer
+from m3i_large.data.views import MaskSpec
 from m3i_large.errors import UserError
 
 SIZE, LANES = 16, 12
@@ -74,8 +75,8 @@ def loader(
     batch = LANES * sum(c.quota for c in settings.sources)
     mixture = Mixture.plan(4, sources=specs, global_batch=batch, lanes=LANES, accumulation=accumulation)
     common = {"mixture": mixture, "sources": sources, "tokenizer": Tokenizer(context_length=8), "seed": 4}
-    mix = {"mask_cells": 4, "mask_ratio": 0.5, "mix_block": block}
-    return Loader(settings, **common, **mix, rank=rank, world=world, accumulation=accumulation, **options)
+    mask = MaskSpec(cells=4, ratio=0.5, mix_block=block)
+    return Loader(settings, **common, mask=mask, rank=rank, world=world, accumulation=accumulation, **options)
 
 
 def rows(batch: Batch, offset: int) -> dict[int, str]:

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as tf
 
 from m3i_large.data import views
 from m3i_large.data.config import ViewConfig
-from m3i_large.data.views import SampleKey, crop_box, draw_mask, draw_partners
+from m3i_large.data.views import MaskSpec, SampleKey, crop_box, draw_mask, draw_partners
 from m3i_large.errors import UserError
 
 PLAIN = ViewConfig(jitter_probability=0, grey=0, blur=0, solarize=0, flip=0)
@@ -32,7 +32,7 @@ def test_every_part_of_the_key_matters() -> None:
     ]
     for other in others:
         assert not np.isclose(base.draws(0), other.draws(0)).any()
-        assert (draw_mask(base, cells=8, ratio=0.5) != draw_mask(other, cells=8, ratio=0.5)).any()
+        assert (draw_mask(base, MaskSpec(cells=8, ratio=0.5)) != draw_mask(other, MaskSpec(cells=8, ratio=0.5))).any()
     assert not np.isclose(base.draws(0), base.draws(1)).any()
     assert (base.draws(1) == SampleKey(1, 2, 3, 4, 5).draws(1)).all()
 
@@ -128,7 +128,7 @@ def test_probabilities_and_greyscale() -> None:
 
 @pytest.mark.parametrize(("cells", "ratio"), [(8, 0.5), (14, 0.5), (4, 0.25), (7, 0.4), (1, 0.9)])
 def test_masks_have_an_exact_size_and_no_preferred_place(cells: int, ratio: float) -> None:
-    masks = np.stack([draw_mask(SampleKey(1, 0, 0, i, 0), cells=cells, ratio=ratio) for i in range(800)])
+    masks = np.stack([draw_mask(SampleKey(1, 0, 0, i, 0), MaskSpec(cells=cells, ratio=ratio)) for i in range(800)])
     assert (masks.sum((1, 2)) == round(ratio * cells * cells)).all()
     expected = round(ratio * cells * cells) / cells**2
     assert np.abs(masks.mean(0) - expected).max() < 5 * math.sqrt(max(expected * (1 - expected), 1e-9) / 800)

@@ -31,7 +31,7 @@ LABELS = [0, 0, 1, 0, 2, 2, 0, 0]
 
 def test_a_perfect_model_gets_everything() -> None:
     s = samples(NAMES, STYLES, LABELS)
-    f = Features(one_hot(NAMES), one_hot(NAMES), one_hot(NAMES), torch.eye(3)[LABELS])
+    f = Features(one_hot(NAMES), one_hot(NAMES), one_hot(NAMES), one_hot(NAMES), torch.eye(3)[LABELS])
     for kind, evaluation in KINDS.items():
         values, chance = evaluation.values(s, f), evaluation.chance(s)
         assert values.keys() == chance.keys() and set(values.values()) == {1.0}, kind
@@ -45,7 +45,7 @@ def test_a_perfect_model_gets_everything() -> None:
 def test_a_model_that_confuses_two_names_loses_exactly_those() -> None:
     s = samples(["cat", "dog", "sun"] * 2, ["a"] * 3 + ["b"] * 3, [0, 1, 1, 0, 1, 1])
     text, image = torch.eye(3).repeat(2, 1), torch.eye(3)[[1, 0, 2]].repeat(2, 1)
-    f = Features(image, image, text, torch.eye(2)[[0, 0, 1, 0, 0, 1]])
+    f = Features(image, image, image, text, torch.eye(2)[[0, 0, 1, 0, 0, 1]])
     assert KINDS["retrieval"].values(s, f)["text_to_image/R@1"] == pytest.approx(1 / 3)
     assert KINDS["zeroshot"].values(s, f)["top1"] == pytest.approx(1 / 3)
     assert KINDS["styles"].values(s, f)["style_to_style/R@1"] == 1.0
@@ -56,11 +56,11 @@ def test_a_model_that_confuses_two_names_loses_exactly_those() -> None:
 def test_missing_heads_and_styles_are_said() -> None:
     s = samples(["cat", "dog"], ["a", "a"], [0, 1])
     with pytest.raises(UserError, match="no text term"):
-        KINDS["retrieval"].values(s, Features(torch.eye(2)))
+        KINDS["retrieval"].values(s, Features(torch.eye(2), torch.eye(2)))
     with pytest.raises(UserError, match="no category term"):
-        KINDS["categories"].values(s, Features(torch.eye(2)))
+        KINDS["categories"].values(s, Features(torch.eye(2), torch.eye(2)))
     with pytest.raises(UserError, match="two styles"):
-        KINDS["styles"].values(s, Features(torch.eye(2)))
+        KINDS["styles"].values(s, Features(torch.eye(2), torch.eye(2)))
 
 
 def test_pictures_are_read_whole_and_encoded_as_the_student_does(tmp_path: Path) -> None:

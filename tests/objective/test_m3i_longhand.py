@@ -80,7 +80,7 @@ def build(collectives: object = None, *, ratio: float = 0.5, patch: int = PATCH)
     with torch.no_grad():
         target.inner.weight.mul_(0.7)
     config = ObjectiveConfig(
-        mix={"patch": patch, "ratio": ratio},
+        input={"patch": patch, "ratio": ratio},
         terms=[{"name": n, "weight": w} for n, w in zip(TERMS, (1.0, 2.0, 0.5, 0.7), strict=True)],
     )
     towers = {

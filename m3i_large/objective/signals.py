@@ -1,0 +1,51 @@
+"""What tells a healthy run from a collapsing one, computed now and then (METHOD section 2, "Scale").
+
+All values are of the whole contrast batch, the same on every rank.
+"""
+
+import torch
+from torch import Tensor
+
+from m3i_large.objective.collectives import Collectives
+from m3i_large.objective.posterior import effective_rank, second_moment
+from m3i_large.objective.terms import Rows
+
+
+@torch.no_grad()
+def spread(name: str, rows: Rows, collectives: Collectives) -> dict[str, Tensor]:
+    """Standard deviation over rows and tokens (mean over channels) and effective rank of a term's targets and
+    predictions; mean cosine of positives and of negatives where pairs are contrasted."""
+    out: dict[str, Tensor] = {}
+    for prefix, value in (("", rows.target), ("prediction_", rows.predicted)):
+        if value is not None:
+            std, rank = _std_and_rank(value.float(), collectives)
+            out |= {f"collapse/{name}/{prefix}std": std, f"collapse/{name}/{prefix}rank": rank}
+    if rows.cosines is not None:
+        cosine_nM, *pairs = rows.cosines
+        for kind, chosen_nM in zip(("positive", "negative"), pairs, strict=True):
+            sums = torch.stack([(cosine_nM * chosen_nM).sum(), chosen_nM.sum().float()])
+            total, count = collectives.all_reduce_sum(sums)
+            out[f"cosine/{name}/{kind}"] = total / count.clamp_min(1)
+    return out
+
+
+def _std_and_rank(feature: Tensor, collectives: Collectives) -> tuple[Tensor, Tensor]:
+    flat_nLD = feature if feature.dim() == 3 else feature[:, None]
+    count = flat_nLD.shape[0] * flat_nLD.shape[1] * collectives.world
+    moment_DD = collectives.all_reduce_sum(second_moment(flat_nLD)) / count
+    mean_D = collectives.all_reduce_sum(flat_nLD.sum((0, 1))) / count
+    covariance = moment_DD - torch.outer(mean_D, mean_D)
+    return covariance.diagonal().clamp_min(0).sqrt().mean(), effective_rank(covariance)
+
+
+def gradient_norms(weighted: dict[str, Tensor], token: Tensor, collectives: Collectives) -> dict[str, Tensor]:
+    """Norm of each weighted term's gradient by the student's tokens of all ranks, under the mean over ranks.
+
+    Terms are compared where their gradients meet: 20 times smaller here is 20 times less say in the encoder.
+    """
+    out: dict[str, Tensor] = {}
+    for name, loss in weighted.items():
+        (grad,) = torch.autograd.grad(loss, token, retain_graph=True, allow_unused=True)
+        local = token.new_zeros((), dtype=torch.float32) if grad is None else grad.float().square().sum()
+        out[f"gradient/{name}"] = collectives.all_reduce_sum(local).sqrt() / collectives.world
+    return out
