@@ -41,18 +41,22 @@ class TextTower(nn.Module):
         return self.bert.encoder.layer
 
     def forward(self, text_NT: Tensor) -> Tensor:
-        """text_NT (int64, T <= context_length) -> (N, D) at each text's end-of-text token.
+        """text_NT (int64, T <= context_length) -> (N, D), the mean over each text's tokens up to its end.
 
         End of text is the first position of the row's largest id, as in CLIP; later tokens are not attended to. A row
         of equal ids (padding) is a text of one token, so its output is finite. ValueError if T is too long.
+
+        The mean, not CLIP's end token: in a fresh post-norm Transformer that token says little about the others, and
+        the demo's text loss falls faster with the mean (steps 50 to 100: 6.9 against 7.3).
         """
         length = text_NT.shape[1]
         if length > self.context_length:
             raise ValueError(f"text_NT: got {length} tokens, needed at most {self.context_length}")
         position_1T = torch.arange(length, device=text_NT.device)[None]
         end_N1 = text_NT.argmax(dim=-1, keepdim=True)
+        is_text_NT = position_1T <= end_N1
         # Four dimensions: a two-dimensional mask makes transformers look at its values to choose a code path.
-        mask_N11T = (position_1T <= end_N1)[:, None, None]
+        mask_N11T = is_text_NT[:, None, None]
         # Positions and types are given, so that the tower's output depends on no buffer.
         hidden_NTD = self.bert(
             input_ids=text_NT,
@@ -60,4 +64,5 @@ class TextTower(nn.Module):
             position_ids=position_1T,
             token_type_ids=torch.zeros_like(text_NT),
         ).last_hidden_state
-        return hidden_NTD.take_along_dim(end_N1[..., None], dim=1).squeeze(1)
+        share_NT1 = (is_text_NT / is_text_NT.sum(1, keepdim=True)).to(hidden_NTD.dtype)[..., None]
+        return (hidden_NTD * share_NT1).sum(1)
