@@ -219,14 +219,18 @@ class ObjectiveConfig(BaseModel):
         names = [term.name for term in self.terms]
         if len(set(names)) != len(names):
             raise ValueError(f"terms names one twice: {names}")
+        for target in ("category", "text"):
+            if sum(term.target == target for term in self.terms) > 1:
+                raise ValueError(f"terms predict target {target} twice; needed: once, it is read from every view shown")
         for term in self.terms:
             self._check_term(term)
-        for what, used in {
+        choices: dict[str, set] = {
             "encoder": {t.encoder for t in self.terms if t.encoder in ("ema", "shared", "frozen")},
             "decoder": {t.decoder for t in self.terms if t.dense},
             "dense target": {t.target for t in self.terms if t.dense},
             "global view": {t.view for t in self.terms if t.target == "global"},
-        }.items():
+        }
+        for what, used in choices.items():
             if len(used) > 1:
                 raise ValueError(f"terms use more than one {what}: {', '.join(sorted(map(str, used)))}; needed: one")
         if (self.encoder == "frozen") != (self.frozen_checkpoint is not None):
@@ -247,10 +251,6 @@ class ObjectiveConfig(BaseModel):
     def has(self, target: Target) -> bool:
         """Whether some term predicts this target."""
         return any(term.target == target for term in self.terms)
-
-    def term(self, target: Target) -> TermConfig | None:
-        """The first term with this target."""
-        return next((term for term in self.terms if term.target == target), None)
 
     @property
     def encoder(self) -> str | None:

@@ -102,17 +102,16 @@ class Objective(nn.Module):
         image, own = self._images(batch)
         token_NKD, readings = self._encode(batch, image)
         rows: dict[str, Rows] = {}
-        for term in self.config.terms:
-            if term.dense or term.target == "global":
-                rows |= self._image_rows(batch, own, readings)
-                break
+        if self.config.dense or self.config.has("global"):
+            rows |= self._image_rows(batch, own, readings)
         if self.config.has("category") or self.config.has("text"):
             # One vector per image from every reading: as image i and as image j.
             pooled = [r.by_image(value) for r, value in zip(readings, self._pooled(readings), strict=True)]
-            if term := self.config.term("category"):
-                rows[term.name] = category_rows(term, batch, pooled, self.category_head)
-            if term := self.config.term("text"):
-                rows[term.name] = text_rows(term, batch, pooled, self.text, self.text_head, self.collectives)
+            for term in self.config.terms:
+                if term.target == "category":
+                    rows[term.name] = category_rows(term, batch, pooled, self.category_head)
+                if term.target == "text":
+                    rows[term.name] = text_rows(term, batch, pooled, self.text, self.text_head, self.collectives)
         return self._sum(batch, rows, token_NKD if signals else None)
 
     # -- the parts, in the order of forward ---------------------------------------------------------------------------

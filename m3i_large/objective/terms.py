@@ -1,7 +1,7 @@
 """The terms: row losses of every kind of target (METHOD section 2).
 
-Legend: n selected rows, N local rows, M rows of all ranks, L tokens, D width, E pooled width, F shared image-text width,
-P pixels of a patch side, T text tokens.
+Legend: n selected rows, N local rows, M rows of all ranks, L tokens, D width, E pooled width, F shared image-text
+width, P pixels of a patch side, T text tokens.
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Rows:
         loss_N: one per local row; where not valid_N it counts for nothing.
         valid_N: bool.
         predicted, target: (..., D) of image features, for the collapse signals.
-        logits: (logit_nM, positive_nM, negative_nM) of contrasted pairs before the temperature, cosines, for signals.
+        cosines: (cosine_nM, positive_nM, negative_nM) of contrasted pairs, for the signals.
         metrics: scalars to log as they are.
     """
 
