@@ -151,7 +151,7 @@ def _image(write: Callable[[io.BytesIO], Any], alt: str, caption: str) -> str:
 
 
 def _pictures(run: Path) -> str:
-    found = sorted((run / "pictures").glob("step_*/mix.png"))
+    found = sorted((run / "pictures").glob("step_*/input.png"))
     if not found:
         return ""
     caption = "From above: own picture (target view), the partner's (other view), the mix, the mask (white = own)."

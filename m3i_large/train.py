@@ -27,12 +27,13 @@ from m3i_large.errors import UserError
 from m3i_large.evaluate.load import load_frozen
 from m3i_large.metrics import MetricsWriter, append_row, environment, package_versions
 from m3i_large.models import LOG_SCALE_BOUNDS
+from m3i_large.objective import Objective
 from m3i_large.optim import build_optimizer, decays
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank, any_rank, barrier
 from m3i_large.parallel.engine import Engine, Slice, StepSizes, build_param_groups, partition, read_ds_config
 from m3i_large.parallel.remat import rematerialize
 from m3i_large.parallel.sharded_ema import ShardedEMA
-from m3i_large.pictures import write_mix_picture
+from m3i_large.pictures import write_input_picture
 from m3i_large.progress import Progress
 from m3i_large.recipe import Recipe
 from m3i_large.run import Outcome, Run, begin, open_run, read_exit, resolve
@@ -128,6 +129,7 @@ class Loop:
                 self._record(batch, step=step, micro_step=micro_step)
                 losses = engine(batch.to(self.rank.device), signals=step % recipe.signals_every == 0)
                 engine.backward(losses["loss"])
+                losses |= self.objective.gradient_signals(micro_steps=recipe.accumulation)
                 applied = engine.step()
                 totals.add(losses)
             if applied:
@@ -150,6 +152,12 @@ class Loop:
                 writer.event("preempt", step=done, signal=stop.name)
                 break
         return self._end(outcome, step=done, writer=writer)
+
+    @property
+    def objective(self) -> Objective:
+        """The engine's root module."""
+        assert isinstance(self.engine.module, Objective)
+        return self.engine.module
 
     def save(self, step: int) -> None:
         """Writes the checkpoint that continues with `step`."""
@@ -209,7 +217,7 @@ class Loop:
             append_row(run.directory / "audit" / name, {"step": step, "micro_step": micro_step, "samples": samples})
         every = self.recipe.train.picture_every
         if every and step % every == 0 and micro_step == 0 and self.rank.is_first:
-            write_mix_picture(run.directory / "pictures" / f"step_{step:08d}", batch, self.recipe)
+            write_input_picture(run.directory / "pictures" / f"step_{step:08d}", batch, self.recipe)
 
     def _timing(self, began: float, waited: float) -> dict[str, float]:
         seconds = time.perf_counter() - began

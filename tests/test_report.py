@@ -78,7 +78,7 @@ def make_run(root: Path) -> Path:
         result | {"chance": {"text_to_image/R@1": 0.01}, "untrained": {"text_to_image/R@1": 0.02}},
     )
     (run.directory / "pictures/step_00000000").mkdir(parents=True)
-    cv2.imwrite(str(run.directory / "pictures/step_00000000/mix.png"), np.zeros((4, 4, 3), np.uint8))
+    cv2.imwrite(str(run.directory / "pictures/step_00000000/input.png"), np.zeros((4, 4, 3), np.uint8))
     run.ended("finished", step=12)
     (root / "data").mkdir()
     (root / "data" / "LICENSES.md").write_text("drawn by <somebody>")

@@ -56,7 +56,7 @@ def test_the_run_directory_holds_what_the_contract_says(whole: Path) -> None:
         "metrics.jsonl",
         "events.jsonl",
         "checkpoints/latest",
-        "pictures/step_00000004/mix.png",
+        "pictures/step_00000004/input.png",
     ):
         assert (whole / name).is_file(), name
     rows = read_metrics(whole)

@@ -219,9 +219,10 @@ class ObjectiveConfig(BaseModel):
         names = [term.name for term in self.terms]
         if len(set(names)) != len(names):
             raise ValueError(f"terms names one twice: {names}")
-        for target in ("category", "text"):
-            if sum(term.target == target for term in self.terms) > 1:
-                raise ValueError(f"terms predict target {target} twice; needed: once, it is read from every view shown")
+        targets = [(term.target, term.view) for term in self.terms]
+        for target, view in targets:
+            if targets.count((target, view)) > 1:
+                raise ValueError(f"terms predict target {target} twice{f' from view {view}' if view else ''}")
         for term in self.terms:
             self._check_term(term)
         choices: dict[str, set] = {

@@ -21,7 +21,7 @@ from m3i_large.objective.config import ObjectiveConfig, TermConfig
 from m3i_large.objective.geometry import grid_position, relative_position
 from m3i_large.objective.posterior import second_moment
 from m3i_large.objective.readings import Reading, split_cells, take, visible_NL
-from m3i_large.objective.signals import gradient_norms, spread
+from m3i_large.objective.signals import GradientNorms, spread
 from m3i_large.objective.terms import Rows, category_rows, dense_rows, global_rows, pixel_targets, text_rows
 
 VIEWS = {"target": TARGET_VIEW, "other": OTHER_VIEW}
@@ -89,6 +89,7 @@ class Objective(nn.Module):
             )
         self.grid: int = student.grid
         cells = (size // patch) ** 2
+        self._gradients: GradientNorms | None = None
         self.num_visible = round(config.input.ratio * cells) * (patch // stride) ** 2
 
     def forward(self, batch: Batch, *, signals: bool = False) -> dict[str, Tensor]:
@@ -96,23 +97,34 @@ class Objective(nn.Module):
 
         Returns "loss" (with graph), "loss/<term>", "source/<term>" (num_sources, 2) with the sum and count of row
         losses, "optim/temperature" where there is a text term, and with `signals` "collapse/<term>/{std, rank,
-        prediction_std, prediction_rank}" of image features, "cosine/<term>/{positive, negative}" of contrasted pairs
-        and "gradient/<term>", the norm of the weighted term's gradient by the student's token map.
+        prediction_std, prediction_rank}" of image features and "cosine/<term>/{positive, negative}" of contrasted
+        pairs; `gradient_signals` adds to those after the backward pass.
         """
+        self._gradients = GradientNorms() if signals else None
         image, own = self._images(batch)
-        token_NKD, readings = self._encode(batch, image)
+        readings = self._encode(batch, image)
         rows: dict[str, Rows] = {}
         if self.config.dense or self.config.has("global"):
             rows |= self._image_rows(batch, own, readings)
-        if self.config.has("category") or self.config.has("text"):
-            # One vector per image from every reading: as image i and as image j.
-            pooled = [r.by_image(value) for r, value in zip(readings, self._pooled(readings), strict=True)]
-            for term in self.config.terms:
-                if term.target == "category":
-                    rows[term.name] = category_rows(term, batch, pooled, self.category_head)
-                if term.target == "text":
-                    rows[term.name] = text_rows(term, batch, pooled, self.text, self.text_head, self.collectives)
-        return self._sum(batch, rows, token_NKD if signals else None)
+        labelled = [term for term in self.config.terms if term.target in ("category", "text")]
+        # One vector per image from every reading: as image i and as image j. Its gradient tells terms apart only where
+        # each has its own.
+        pooled = self._pooled("+".join(term.name for term in labelled), readings) if labelled and not signals else []
+        for term in labelled:
+            vectors = self._pooled(term.name, readings) if signals else pooled
+            if term.target == "category":
+                rows[term.name] = category_rows(term, batch, vectors, self.category_head)
+            else:
+                rows[term.name] = text_rows(term, batch, vectors, self.text, self.text_head, self.collectives)
+        return self._sum(batch, rows, signals=signals)
+
+    def gradient_signals(self, *, micro_steps: int) -> dict[str, Tensor]:
+        """ "gradient/<term>" of the last micro-batch with signals, after its backward pass: the norm of the weighted
+        term's gradient by the student's tokens. `micro_steps`: what the loss was divided by. Every rank calls it."""
+        if self._gradients is None:
+            return {}
+        names = [term.name for term in self.config.terms]
+        return self._gradients.collect(names, collectives=self.collectives, scale=micro_steps)
 
     # -- the parts, in the order of forward ---------------------------------------------------------------------------
 
@@ -139,25 +151,25 @@ class Objective(nn.Module):
             dtype=self.compute_dtype,
         )
 
-    def _encode(self, batch: Batch, image: Tensor) -> tuple[Tensor, list[Reading]]:
-        """The student's token map, and which tokens show which image."""
+    def _encode(self, batch: Batch, image: Tensor) -> list[Reading]:
+        """The student's tokens: which show which image."""
         given = self.config.input
         cells = {"grid": self.grid, "num_visible": self.num_visible}
         if given.mask == "mix":
             token = self.student.tokens(image)
             own_NK, foreign_NK = split_cells(batch.mask_NPP, **cells)
-            return token, [
+            return [
                 Reading(TARGET_VIEW, take(token, own_NK), own_NK),
                 Reading(OTHER_VIEW, take(token, foreign_NK), foreign_NK, image_N=batch.partner_N),
             ]
         if given.fill == "drop":
             kept_NK, _ = split_cells(batch.mask_NPP, **cells)
             token = self.student.tokens(image, keep_BK=kept_NK)
-            return token, [Reading(VIEWS[given.view], token, kept_NK)]
+            return [Reading(VIEWS[given.view], token, kept_NK)]
         hidden_NL = ~visible_NL(batch.mask_NPP, self.grid) if given.fill == "token" else None
         token = self.student.tokens(image, hide_BL=hidden_NL)
         every_NL = torch.arange(self.grid**2, device=token.device).expand(len(batch), -1)
-        return token, [Reading(VIEWS[given.view], token, every_NL)]
+        return [Reading(VIEWS[given.view], token, every_NL)]
 
     def _image_rows(self, batch: Batch, own: Tensor, readings: list[Reading]) -> dict[str, Rows]:
         """Terms whose target is made of the image: pixels, dense features, a global feature."""
@@ -167,7 +179,7 @@ class Objective(nn.Module):
         rows: dict[str, Rows] = {}
         feature = None if self.config.encoder is None else self._features(own)
         if dense:
-            predicted = self._decode(batch, by_view, {_view(term) for term in dense})
+            predicted = self._decode(batch, by_view, {_view(term): term.name for term in dense})
             if dense[0].target == "pixels":
                 target = pixel_targets(own, patch=self.student.token_stride)
             else:
@@ -180,7 +192,8 @@ class Objective(nn.Module):
             rows |= {t.name: dense_rows(t, predicted[_view(t)], target, moment_DD) for t in dense}
         if pooled:
             reading = by_view[_view(pooled[0])]
-            predicted_NE = reading.by_image(self.global_head(self.pool(reading.token_NKD)))
+            token = self._tap(pooled[0].name, reading.token_NKD)
+            predicted_NE = reading.by_image(self.global_head(self.pool(token)))
             target_NE = self._pooled_target(feature)
             rows |= {t.name: global_rows(t, predicted_NE, target_NE, self.collectives) for t in pooled}
         return rows
@@ -194,8 +207,14 @@ class Objective(nn.Module):
     def _pooled_target(self, feature_NLD: Tensor | None) -> Tensor:
         return (self.pool if self.config.encoder == "shared" else self.target_pool)(feature_NLD)
 
-    def _decode(self, batch: Batch, by_view: dict[int, Reading], wanted: set[int]) -> dict[int, Tensor]:
-        """Predictions of every patch of the target view, by view read; one call of the decoder where shapes agree."""
+    def _tap(self, name: str, token: Tensor) -> Tensor:
+        return token if self._gradients is None else self._gradients.tap(name, token)
+
+    def _decode(self, batch: Batch, by_view: dict[int, Reading], wanted: dict[int, str]) -> dict[int, Tensor]:
+        """Predictions of every patch of the target view, by view read; one call of the decoder where shapes agree.
+
+        `wanted`: the term that reads each view.
+        """
         plain_L4 = grid_position(self.grid, device=batch.box_NV4.device)
         inputs = []
         for view in sorted(wanted):
@@ -206,7 +225,7 @@ class Objective(nn.Module):
                 query = reading.of_image(
                     relative_position(*boxes, grid=self.grid, input_view=OTHER_VIEW, target_view=TARGET_VIEW)
                 )
-            inputs.append((reading.token_NKD, plain_L4[reading.cell_NK], query))
+            inputs.append((self._tap(wanted[view], reading.token_NKD), plain_L4[reading.cell_NK], query))
         if len({context.shape for context, _, _ in inputs}) == 1:
             columns = (torch.cat(column) for column in zip(*inputs, strict=True))
             decoded = self.decoder(*columns).chunk(len(inputs))
@@ -214,17 +233,19 @@ class Objective(nn.Module):
             decoded = tuple(self.decoder(*one) for one in inputs)
         return {view: by_view[view].by_image(out) for view, out in zip(sorted(wanted), decoded, strict=True)}
 
-    def _pooled(self, readings: list[Reading]) -> tuple[Tensor, ...]:
-        """The pool of every reading, by row; one call where shapes agree."""
-        tokens = [reading.token_NKD for reading in readings]
+    def _pooled(self, name: str, readings: list[Reading]) -> list[Tensor]:
+        """The pool of every reading, by image; one call where shapes agree."""
+        tokens = [self._tap(name, reading.token_NKD) for reading in readings]
         if len({token.shape for token in tokens}) == 1:
-            return self.pool(torch.cat(tokens)).chunk(len(tokens))
-        return tuple(self.pool(token) for token in tokens)
+            vectors = self.pool(torch.cat(tokens)).chunk(len(tokens))
+        else:
+            vectors = tuple(self.pool(token) for token in tokens)
+        return [reading.by_image(vector) for reading, vector in zip(readings, vectors, strict=True)]
 
-    def _sum(self, batch: Batch, rows: dict[str, Rows], token: Tensor | None) -> dict[str, Tensor]:
+    def _sum(self, batch: Batch, rows: dict[str, Rows], *, signals: bool) -> dict[str, Tensor]:
         """Means over the global number of valid rows, the weighted sum, each source's share, and the signals."""
         out: dict[str, Tensor] = {}
-        weighted: dict[str, Tensor] = {}
+        total = torch.zeros((), device=batch.box_NV4.device)
         local = torch.stack([row.valid_N.sum() for row in rows.values()]).float()
         counts = self.collectives.all_reduce_sum(local).clamp_min(1)
         weights = {term.name: term.weight for term in self.config.terms}
@@ -232,15 +253,13 @@ class Objective(nn.Module):
             loss_N = torch.where(row.valid_N, row.loss_N, torch.zeros_like(row.loss_N))
             loss = self.collectives.world * loss_N.sum() / count
             out[f"loss/{name}"] = loss.detach()
-            weighted[name] = weights[name] * loss
+            total = total + weights[name] * loss
             pairs = torch.stack([loss_N.detach(), row.valid_N.float()], dim=-1)
             out[f"source/{name}"] = pairs.new_zeros(self.num_sources, 2).index_add_(0, batch.source_N, pairs)
             out |= row.metrics
-            if token is not None:
+            if signals:
                 out |= spread(name, row, self.collectives)
-        if token is not None:
-            out |= gradient_norms(weighted, token, self.collectives)
-        return out | {"loss": torch.stack(list(weighted.values())).sum()}
+        return out | {"loss": total}
 
 
 def _view(term: TermConfig) -> int:

@@ -38,14 +38,39 @@ def _std_and_rank(feature: Tensor, collectives: Collectives) -> tuple[Tensor, Te
     return covariance.diagonal().clamp_min(0).sqrt().mean(), effective_rank(covariance)
 
 
-def gradient_norms(weighted: dict[str, Tensor], token: Tensor, collectives: Collectives) -> dict[str, Tensor]:
-    """Norm of each weighted term's gradient by the student's tokens of all ranks, under the mean over ranks.
+class GradientNorms:
+    """Norm of each weighted term's gradient by the student's tokens, taken on the way through the backward pass.
 
-    Terms are compared where their gradients meet: 20 times smaller here is 20 times less say in the encoder.
+    Terms are compared where their gradients meet: 20 times smaller here is 20 times less say in the encoder. Each term
+    reads its own alias of the tokens, and a hook on the alias sees what flows back through that term alone. (A second
+    backward pass for each term would find ZeRO-3's parameters already released.)
     """
-    out: dict[str, Tensor] = {}
-    for name, loss in weighted.items():
-        (grad,) = torch.autograd.grad(loss, token, retain_graph=True, allow_unused=True)
-        local = token.new_zeros((), dtype=torch.float32) if grad is None else grad.float().square().sum()
-        out[f"gradient/{name}"] = collectives.all_reduce_sum(local).sqrt() / collectives.world
-    return out
+
+    def __init__(self) -> None:
+        self._squares: dict[str, Tensor] = {}
+
+    def tap(self, name: str, token: Tensor) -> Tensor:
+        """An alias of the tokens whose gradient is the term's."""
+        if not token.requires_grad:
+            return token
+        self._squares.setdefault(name, token.new_zeros((), dtype=torch.float32))
+        squares = self._squares
+
+        def note(grad: Tensor) -> None:
+            squares[name] += grad.float().square().sum()
+
+        alias = token.view_as(token)
+        alias.register_hook(note)
+        return alias
+
+    def collect(self, names: list[str], *, collectives: Collectives, scale: float) -> dict[str, Tensor]:
+        """`gradient/<term>` over the tokens of all ranks, under the mean over ranks; call it after the backward pass.
+
+        `scale` undoes what the backward pass was divided by (the number of micro-steps).
+        """
+        taken, self._squares = self._squares, {}
+        names = [name for name in names if name in taken]
+        if not names:
+            return {}
+        norms = collectives.all_reduce_sum(torch.stack([taken[n] for n in names])).sqrt() * scale / collectives.world
+        return {f"gradient/{name}": norm for name, norm in zip(names, norms, strict=True)}
