@@ -28,7 +28,7 @@ lint: $(STAMP)
 
 ## The demo under three seeds: the table in README.md.
 study: $(STAMP)
-	$(BIN)/m3i study demo --data data/demo/heldout
+	$(BIN)/m3i study demo
 
 bench: $(STAMP)
 	$(BIN)/python kernels/bench.py

@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=["m3i_large", "m3i_large.*"])
     + [f"m3i_kernels{name}" for name in ["", *(f".{p}" for p in find_packages("kernels/m3i_kernels"))]],
     package_dir={"m3i_kernels": "kernels/m3i_kernels"},
-    package_data={"m3i_large": ["recipes/*.yaml", "py.typed"]},
+    package_data={"m3i_large": ["recipes/*.yaml", "studies/*.yaml", "py.typed"]},
     install_requires=REQUIREMENTS,
     extras_require={
         "dev": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.150", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML"],

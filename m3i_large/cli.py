@@ -156,34 +156,17 @@ def report_command(run: Annotated[Path, typer.Argument(help="Run directory.")]) 
 
 @app.command("study")
 def study_command(
-    recipe: Annotated[str, typer.Argument(help="Recipe name or file.")],
-    data: Annotated[Path, typer.Option(help="Directory of shards to evaluate on.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Recipe fields to change, a.b=value.")] = None,
+    study: Annotated[str, typer.Argument(help="Name of a shipped study or a YAML file.")],
     ds: Annotated[Path, typer.Option(help="DeepSpeed JSON file.")] = Path("ds_configs/zero3.json"),
-    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... to train.")] = 3,
-    out: Annotated[Path, typer.Option(help="Directory for the runs.")] = Path("runs/study"),
+    out: Annotated[Path | None, typer.Option(help="Directory for the runs (default: runs/study_<name>).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Trains and evaluates a recipe under several seeds; prints mean and spread of every figure."""
-    from m3i_large.study import run_study
+    """Trains and evaluates recipes beside each other and under several seeds; continues where it was stopped."""
+    from m3i_large.study import as_markdown, load_study, run_study
 
-    rows = run_study(recipe, data=data, ds=ds, seeds=seeds, out=out, overrides=overrides or [])
-    if as_json:
-        print(json.dumps(rows))
-        return
-    table = Table(
-        Column("figure", no_wrap=True),
-        "mean",
-        "sd",
-        "untrained",
-        "chance",
-        "x chance",
-        title=f"{recipe}, {seeds} seeds, {data}",
-    )
-    for row in rows:
-        shown = (f"{row[key]:.1%}" for key in ("mean", "sd", "untrained", "chance"))
-        table.add_row(row["figure"], *shown, f"{row['mean'] / row['chance']:.1f}")
-    Console().print(table)
+    directory = out or Path("runs") / f"study_{Path(study).stem}"
+    rows = run_study(load_study(study), ds=ds, out=directory)
+    print(json.dumps(rows) if as_json else f"{as_markdown(rows)}\nwritten: {directory}/study.md, .json, .png")
 
 
 def main() -> None:

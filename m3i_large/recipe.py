@@ -104,7 +104,12 @@ class Recipe(BaseModel):
 
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return names_in(RECIPES)
+
+
+def names_in(directory: Path) -> list[str]:
+    """Stems of the YAML files of a directory."""
+    return sorted(path.stem for path in directory.glob("*.yaml"))
 
 
 def recipe_header(name: str) -> str:
@@ -141,7 +146,7 @@ def validate(values: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error, Recipe)) from None
 
 
 def _parse(text: str, key: str) -> Any:
@@ -151,39 +156,40 @@ def _parse(text: str, key: str) -> Any:
         raise UserError(f"override {key}: {text!r} is not a YAML value") from None
 
 
-def _locate(name: str) -> Path:
+def locate(name: str, directory: Path, *, what: str) -> Path:
+    """The file that `name` means: a YAML file, or one in `directory` by its stem; UserError naming the nearest."""
+    known = names_in(directory)
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(
-                f"recipe: got {name}, which does not exist; needed: a YAML file or one of {', '.join(recipe_names())}"
+                f"{what}: got {name}, which does not exist; needed: a YAML file or one of {', '.join(known)}"
             )
         return path
-    path = RECIPES / f"{name}.yaml"
+    path = directory / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(
-            f"recipe: got {name!r}{_nearest(name, recipe_names())}; needed: one of {', '.join(recipe_names())}"
-        )
+        raise UserError(f"{what}: got {name!r}{_nearest(name, known)}; needed: one of {', '.join(known)}")
     return path
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML file, with its stem as `name` where it has none; UserError where it is none."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise UserError(f"recipe: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"recipe: {path} holds no mapping; needed: keys such as backbone, objective, data, train")
+        raise UserError(f"{path} holds no mapping; needed: keys and values")
     values.setdefault("name", path.stem)
     return values
 
 
 def _read(name: str) -> dict[str, Any]:
-    path = _locate(name)
-    values = _read_yaml(path)
+    path = locate(name, RECIPES, what="recipe")
+    values = read_yaml(path)
     if (base := values.pop("extends", None)) is None:
         return values
-    parent = _read_yaml(_locate(str(base)))
+    parent = read_yaml(locate(str(base), RECIPES, what="recipe"))
     if "extends" in parent:
         raise UserError(f"recipe: {path} extends {base}, which extends {parent['extends']}; needed: one level")
     return _merge(parent, values)
@@ -237,20 +243,20 @@ def _nearest(name: str, known: list[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def _one_line(error: ValidationError) -> str:
+def one_line(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem of values that should have been a `model`."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "recipe"
+    where = ".".join(str(part) for part in first["loc"]) or "values"
     got = first.get("input")
     if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1])
+        known = _fields_at(first["loc"][:-1], model)
         return f"{where}: unknown key{_nearest(str(first['loc'][-1]), known)}; needed: one of {', '.join(known)}"
     message = first["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(got, dict | list | BaseModel) or first["type"] == "missing" else f" (got {got!r})"
     return f"{where}: {message}{shown}"
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    model: Any = Recipe
+def _fields_at(location: tuple[int | str, ...], model: Any) -> list[str]:
     for part in location:
         if isinstance(part, int):
             continue

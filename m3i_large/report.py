@@ -105,13 +105,18 @@ def _curves(rows: Rows, run: Path) -> str:
         ("Loss of each source", [[n for n in names if n.startswith(t + "/")] for t in terms]),
     ]
     charts.append(("Schedules", [["optim/lr"], ["optim/momentum_ema"], ["optim/temperature"]]))
-    charts.append(("Health", [["optim/grad_norm"], ["time/step_s", "data/wait_s"], *_collapse(rows)]))
+    charts.append(("Health", [["optim/grad_norm"], ["time/step_s", "data/wait_s"]]))
+    charts.append(("Signals", _signals(rows)))
+    charts = [(title, panels) for title, panels in charts if any(panels)]
     return "".join(f"<h2>{title}</h2>{_figure(rows, panels, restarts, title)}" for title, panels in charts)
 
 
-def _collapse(rows: Rows) -> list[list[str]]:
-    names = sorted({k for row in rows for k in row if k.startswith("collapse/")})
-    return [[n for n in names if n.endswith(end)] for end in ("/std", "/rank") if names]
+def _signals(rows: Rows) -> list[list[str]]:
+    """Collapse, say of each term and contrast: one panel for each kind of signal that the run has."""
+    names = sorted({k for row in rows for k in row if k.startswith(("collapse/", "cosine/", "gradient/"))})
+    kinds = [("collapse/", "/std"), ("collapse/", "/rank"), ("collapse/", "_std"), ("collapse/", "_rank")]
+    kinds += [("cosine/", ""), ("gradient/", "")]
+    return [[n for n in names if n.startswith(start) and n.endswith(end)] for start, end in kinds]
 
 
 def _figure(rows: Rows, panels: list[list[str]], restarts: list[int], title: str) -> str:

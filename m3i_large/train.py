@@ -28,6 +28,7 @@ from m3i_large.evaluate.load import load_frozen
 from m3i_large.metrics import MetricsWriter, append_row, environment, package_versions
 from m3i_large.models import LOG_SCALE_BOUNDS
 from m3i_large.objective import Objective
+from m3i_large.objective.signals import collapsed
 from m3i_large.optim import build_optimizer, decays
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank, any_rank, barrier
 from m3i_large.parallel.engine import Engine, Slice, StepSizes, build_param_groups, partition, read_ds_config
@@ -108,6 +109,7 @@ class Loop:
     progress: Progress
     skipped: int = 0
     skipped_steps: list[int] = field(default_factory=list)
+    collapsed: set[str] = field(default_factory=set)
 
     def run(self, stream: Loader, *, start: int, stop: "StopSignals") -> Outcome:
         """Steps from `start` to the end; saves on the way, at a stop signal and at the end."""
@@ -141,6 +143,7 @@ class Loop:
             row |= self._timing(began, waited) | {"optim/momentum_ema": momentum, "optim/grad_norm": engine.grad_norm}
             row |= {"optim/lr": engine.group_settings()[0]["lr"], "optim/skipped": self.skipped}
             writer.log({"step": step, "samples": (step + 1) * recipe.global_batch, **row})
+            self._alarm(row, step, writer)
             self.progress.update(step, row)
             stopping = any_rank(stop.requested, self.rank)
             done = step + 1
@@ -203,6 +206,17 @@ class Loop:
             raise FloatingPointError(
                 f"{row} steps in a row had gradients that are not finite, the last one step {step}"
             )
+
+    def _alarm(self, row: dict[str, float], step: int, writer: MetricsWriter) -> None:
+        """Says which term's target has collapsed, once for each term and attempt."""
+        for name in collapsed(row, self.recipe.objective):
+            if name not in self.collapsed:
+                self.collapsed.add(name)
+                rank, std = row[f"collapse/{name}/rank"], row[f"collapse/{name}/std"]
+                writer.event("incident", step=step, what="collapse", term=name, rank=rank, std=std)
+                self.progress.say(
+                    f"step {step}: the target of term {name} has collapsed (rank {rank:.2f}, std {std:.3f})"
+                )
 
     def _record(self, batch: Batch, *, step: int, micro_step: int) -> None:
         """Audit rows and pictures of what is about to be trained on."""

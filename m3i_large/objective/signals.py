@@ -3,12 +3,31 @@
 All values are of the whole contrast batch, the same on every rank.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from m3i_large.objective.collectives import Collectives
+from m3i_large.objective.config import ObjectiveConfig
 from m3i_large.objective.posterior import effective_rank, second_moment
 from m3i_large.objective.terms import Rows
+
+# A target of less spread than this tells images no longer apart: an encoder starts with a rank of 4 and more, and
+# with channels of standard deviation 0.5 and more.
+LEAST_RANK, LEAST_STD = 1.5, 0.02
+
+
+def collapsed(row: Mapping[str, float], config: ObjectiveConfig) -> list[str]:
+    """Terms whose target, made by an encoder that is being trained, has collapsed according to a row of metrics."""
+    found = []
+    for term in config.terms:
+        rank, std = (row.get(f"collapse/{term.name}/{kind}") for kind in ("rank", "std"))
+        if term.encoder not in ("ema", "shared") or rank is None or std is None:
+            continue
+        if not (rank >= LEAST_RANK and std >= LEAST_STD):  # so that NaN counts
+            found.append(term.name)
+    return found
 
 
 @torch.no_grad()

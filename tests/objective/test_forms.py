@@ -30,6 +30,7 @@ from m3i_large.data.batch import Batch
 from m3i_large.objective import Objective, ObjectiveConfig
 from m3i_large.objective.collectives import SingleProcess
 from m3i_large.objective.posterior import gaussian
+from m3i_large.objective.signals import collapsed
 from m3i_large.objective.terms import pixel_targets
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
 
@@ -302,3 +303,16 @@ def test_negatives_of_all_ranks_are_those_of_one_process() -> None:
         torch.testing.assert_close(result["grad"], one.student.inner.weight.grad, rtol=1e-3, atol=1e-6)
         for key, value in result["signals"].items():
             assert value.item() == pytest.approx(out[key].item(), rel=1e-3), key
+
+
+def test_a_collapsed_target_is_named_and_a_healthy_one_is_not() -> None:
+    o, batch = build({"input": {"patch": PATCH}}), m3i_batch()
+    healthy = {k: float(v) for k, v in o(batch, signals=True).items() if k.startswith("collapse/")}
+    assert collapsed(healthy, o.config) == []
+    with torch.no_grad():
+        o.target.inner.weight.zero_()  # every token is the same
+    ill = {k: float(v) for k, v in o(batch, signals=True).items() if k.startswith("collapse/")}
+    assert collapsed(ill, o.config) == ["intra", "inter"]
+    assert collapsed({"loss": 1.0}, o.config) == [], "a step without signals says nothing"
+    pixels = ObjectiveConfig.model_validate({"input": {"mask": "none"}, "terms": [term("pixels")]})
+    assert collapsed({"collapse/t/std": 0.0, "collapse/t/rank": 1.0}, pixels) == [], "pixels cannot collapse"
