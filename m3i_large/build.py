@@ -78,9 +78,9 @@ def _decoder(recipe: Recipe, student: Any) -> nn.Module:
     return DenseDecoder(student.width, recipe.decoder, out=out)
 
 
-def checkpointed_blocks(objective: Objective) -> Iterator[nn.Module]:
-    """Transformer blocks of the towers that receive gradients, for activation checkpointing."""
-    for tower in (objective.student, objective.text, objective.decoder):
+def transformer_blocks(objective: Objective, *, frozen: bool) -> Iterator[nn.Module]:
+    """Blocks of the towers that receive gradients, or of those that do not."""
+    for tower in (objective.target,) if frozen else (objective.student, objective.text, objective.decoder):
         if tower is not None:
             yield from tower.blocks
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from m3i_large import checkpoint
-from m3i_large.build import build_objective, checkpointed_blocks, use_plain_attention
+from m3i_large.build import build_objective, transformer_blocks, use_plain_attention
 from m3i_large.data.batch import Batch
 from m3i_large.data.demo import build_demo_data
 from m3i_large.data.loader import Loader, OnBad
@@ -31,7 +31,15 @@ from m3i_large.objective import Objective
 from m3i_large.objective.signals import collapsed
 from m3i_large.optim import build_optimizer, decays
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank, any_rank, barrier
-from m3i_large.parallel.engine import Engine, Slice, StepSizes, build_param_groups, partition, read_ds_config
+from m3i_large.parallel.engine import (
+    Engine,
+    Slice,
+    StepSizes,
+    build_param_groups,
+    gather_whole,
+    partition,
+    read_ds_config,
+)
 from m3i_large.parallel.remat import rematerialize
 from m3i_large.parallel.sharded_ema import ShardedEMA
 from m3i_large.pictures import write_input_picture
@@ -397,7 +405,9 @@ def build_engine(recipe: Recipe, ds_config: dict[str, Any], rank: Rank) -> tuple
     if rank.device.type == "cpu":
         use_plain_attention(objective)
     if recipe.train.activation_checkpointing:
-        rematerialize(checkpointed_blocks(objective))
+        rematerialize(transformer_blocks(objective, frozen=False))
+    for frozen in (False, True):
+        gather_whole(transformer_blocks(objective, frozen=frozen))
     partition(objective.to(rank.device), ds_config)
     trained = ((n, p) for n, p in objective.named_parameters() if p.requires_grad)
     groups = build_param_groups(trained, weight_decay=recipe.optim.weight_decay, decays=decays)

@@ -12,7 +12,7 @@ from torch import nn
 from m3i_large import checkpoint
 from m3i_large.errors import UserError
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank, gather_objects
-from m3i_large.parallel.engine import Engine, StepSizes, build_param_groups, partition, read_ds_config
+from m3i_large.parallel.engine import Engine, StepSizes, build_param_groups, gather_whole, partition, read_ds_config
 from m3i_large.parallel.remat import rematerialize
 from m3i_large.parallel.sharded_ema import ShardedEMA
 
@@ -69,11 +69,13 @@ def build(rank: Rank, path: Path, *, remat: bool = False) -> tuple[Engine, Shard
     module = Pair()
     if remat:
         rematerialize(module.student.blocks)
+        for tower in (module.student, module.target):
+            gather_whole(tower.blocks[1:])  # the first one's input needs no gradient
     partition(module, config)
     trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     groups = build_param_groups(trained, weight_decay=0.1, decays=lambda name, shape: len(shape) > 1)
     engine = Engine(module, optimizer=torch.optim.AdamW(groups, lr=LR), ds_config=config, rank=rank)
-    return engine, ShardedEMA(engine)
+    return engine, ShardedEMA(engine, {"target": "student"})
 
 
 def full(rank: Rank, state: dict) -> dict[str, torch.Tensor]:
