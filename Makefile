@@ -17,9 +17,9 @@ demo: $(STAMP)
 	$(BIN)/m3i eval retrieval,zeroshot,categories,styles runs/demo --data data/demo/heldout
 	$(BIN)/m3i report runs/demo
 
-## The tests of the README; under 15 minutes on two cores, no compiler, no GPU.
+## The tests of the README; under 15 minutes on two cores, no compiler, no GPU. One thread in each of the two workers.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

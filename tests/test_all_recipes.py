@@ -13,7 +13,7 @@ from m3i_large.checkpoint import Checkpoint, newest
 from m3i_large.evaluate import evaluate
 from m3i_large.metrics import read_metrics
 from m3i_large.parallel.comm import Rank
-from m3i_large.recipe import Recipe, load_recipe, recipe_names, validate
+from m3i_large.recipe import Recipe, load_recipe, recipe_header, recipe_names, validate
 from m3i_large.train import train
 
 NAMES = recipe_names()
@@ -33,13 +33,14 @@ def run_all(rank: Rank, data: Path, runs: Path, steps: int, names: list[str]) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_builds_on_meta_at_full_size_and_names_its_parameters(name: str) -> None:
+def test_builds_on_meta_at_full_size_with_the_parameters_its_header_says(name: str) -> None:
     with torch.device("meta"):
         objective = build_objective(load_recipe(name))
-    terms = {term.name for term in objective.config.terms}
-    assert terms and sum(p.numel() for p in objective.student.parameters()) > 0
-    trained = {n.split(".")[0] for n, p in objective.named_parameters() if p.requires_grad}
-    assert "student" in trained and not trained & {"target", "target_pool"}
+    trained = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
+    student = sum(p.numel() for p in objective.student.parameters()) / 1e6
+    total = sum(p.numel() for _, p in trained) / 1e6
+    assert f"Parameters: {student:.1f} M student, {total:.1f} M trained." in recipe_header(name)
+    assert not {n.split(".")[0] for n, _ in trained} & {"target", "target_pool"}
 
 
 @pytest.mark.slow
