@@ -32,6 +32,7 @@ study: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python kernels/bench.py
+	$(BIN)/m3i bench step
 
 clean:
 	rm -rf $(VENV) build *.egg-info

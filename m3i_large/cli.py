@@ -25,7 +25,9 @@ app = typer.Typer(
 # What typer raises for a wrong command line; it carries click inside and exports this subclass only.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+bench_app = typer.Typer(help="Speed.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 
 
 def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
@@ -167,6 +169,30 @@ def study_command(
     directory = out or Path("runs") / f"study_{Path(study).stem}"
     rows = run_study(load_study(study), ds=ds, out=directory)
     print(json.dumps(rows) if as_json else f"{as_markdown(rows)}\nwritten: {directory}/study.md, .json, .png")
+
+
+@bench_app.command("step")
+def bench_step_command(
+    recipe: Annotated[str, typer.Option(help="Recipe name or file.")] = "demo",
+    rows: Annotated[int, typer.Option(help="Samples in the micro-batch.", min=4)] = 96,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Recipe fields to change, a.b=value.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Shares of a step's parts, beside a CLIP-only step."""
+    import torch
+
+    from m3i_large.bench import bench_step
+    from m3i_large.recipe import load_recipe
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = bench_step(load_recipe(recipe, overrides or []), rows=rows, device=device)
+    if as_json:
+        print(json.dumps(results))
+        return
+    table = Table("part", "ms", "share of the step", title=f"{recipe}, {rows} samples, {device}")
+    for row in results:
+        table.add_row(row["part"], f"{row['ms']:.0f}", f"{row['share']:.1%}")
+    Console().print(table)
 
 
 def main() -> None:
