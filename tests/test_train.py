@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import webdataset as wds
 from tiny import command, environment, pretrain, recipe, write_data, write_recipe
 
 from m3i_large.checkpoint import Checkpoint, newest
@@ -99,6 +100,19 @@ def test_a_finished_run_says_so_and_changes_nothing(tiny: Path, whole: Path) -> 
     result = pretrain("--recipe", tiny, "--out", whole)
     assert result.returncode == 0 and "finished" in result.stdout
     assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_unreadable_samples_are_replaced_and_listed(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    with wds.TarWriter(str(data / "first-000001.tar")) as writer:
+        for i in range(40):
+            writer.write({"__key__": f"broken{i}", "png": b"no image", "txt": f"broken {i}"})
+    path = write_recipe(tmp_path / "r.yaml", recipe(data, picture_every=0, checkpoint_every=100))
+    result = pretrain("--recipe", path, "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = read_rows(tmp_path / "run/quarantine.jsonl")
+    assert rows and {row["source"] for row in rows} == {"first"} and all(row["id"] >= 60 for row in rows)
+    assert all("no image" in row["reason"] and row["attempt"] == 0 for row in rows)
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

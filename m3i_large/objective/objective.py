@@ -119,8 +119,11 @@ class Objective(nn.Module):
         return self._sum(batch, rows, signals=signals)
 
     def gradient_signals(self, *, micro_steps: int) -> dict[str, Tensor]:
-        """ "gradient/<term>" of the last micro-batch with signals, after its backward pass: the norm of the weighted
-        term's gradient by the student's tokens. `micro_steps`: what the loss was divided by. Every rank calls it."""
+        """Keyed "gradient/<term>": the norm of the weighted term's gradient by the student's tokens.
+
+        Of the last micro-batch with signals, after its backward pass; every rank calls it. `micro_steps` is what the
+        loss was divided by.
+        """
         if self._gradients is None:
             return {}
         names = [term.name for term in self.config.terms]

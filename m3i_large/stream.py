@@ -1,0 +1,92 @@
+"""From a recipe to this rank's stream of batches: sources, the mixture's order (new or frozen), the loader."""
+
+from functools import partial
+from pathlib import Path
+
+from m3i_large import checkpoint
+from m3i_large.data.demo import build_demo_data
+from m3i_large.data.loader import Loader
+from m3i_large.data.mixture import Mixture
+from m3i_large.data.sources import Source, manifest_hash, open_sources
+from m3i_large.data.tokenizer import Tokenizer
+from m3i_large.data.views import MaskSpec
+from m3i_large.errors import UserError
+from m3i_large.metrics import append_row
+from m3i_large.parallel.comm import Rank, barrier
+from m3i_large.recipe import Recipe
+from m3i_large.run import Run
+
+
+def prepare_sources(recipe: Recipe, rank: Rank) -> list[Source]:
+    """Opens the recipe's sources; the first rank builds the embedded data set if the recipe uses it."""
+    root = Path(recipe.data.root)
+    if recipe.data.embedded and rank.is_first:
+        build_demo_data(root)
+    barrier()
+    try:
+        return open_sources(recipe.data.sources, root)
+    except ValueError as error:  # a damaged shard: the input is wrong, and the message names it
+        raise UserError(str(error)) from None
+
+
+def plan_mixture(recipe: Recipe, sources: list[Source]) -> Mixture:
+    """The sample order of a new run, from the recipe and the data alone (never from the number of ranks)."""
+    return Mixture.plan(
+        recipe.train.seed,
+        sources=[
+            (s.name, s.num_samples, c.exact_repeats, s.mean_bytes, c.quota)
+            for s, c in zip(sources, recipe.data.sources, strict=True)
+        ],
+        global_batch=recipe.train.global_batch,
+        lanes=recipe.data.lanes,
+        accumulation=recipe.train.accumulation,
+    )
+
+
+def restore_mixture(saved: checkpoint.Checkpoint, sources: list[Source]) -> Mixture:
+    """The frozen sample order of a checkpoint; refuses other data."""
+    sampler = saved.manifest["sampler"]
+    if sampler["data"] != manifest_hash(sources):
+        raise UserError(f"data: the shards differ from those {saved.directory} was trained on; needed: the same data")
+    return Mixture.from_state(sampler["layout"])
+
+
+def check_world(mixture: Mixture, world: int) -> None:
+    """Refuses a number of ranks that would change a micro-step's contents."""
+    if world not in (valid := mixture.valid_world_sizes()):
+        raise UserError(
+            f"ranks: got {world}; needed: one of {', '.join(map(str, valid))} "
+            f"(ranks x accumulation must divide {mixture.lanes} lanes)"
+        )
+
+
+def make_loader(
+    recipe: Recipe, mixture: Mixture, sources: list[Source], rank: Rank, run: Run, *, start_step: int = 0
+) -> Loader:
+    """The stream of this rank's batches from `start_step` on; unreadable samples go into the run's quarantine.jsonl."""
+    shown = recipe.objective.input
+    return Loader(
+        recipe.data,
+        mixture=mixture,
+        sources=sources,
+        tokenizer=Tokenizer(context_length=recipe.text.context_length),
+        seed=recipe.train.seed,
+        mask=MaskSpec(
+            cells=recipe.data.image_size // shown.patch,
+            ratio=shown.ratio,
+            blockwise=shown.mask == "block",
+            mix=shown.mask == "mix",
+            mix_block=recipe.objective.mix.block,
+        ),
+        rank=rank.rank,
+        world=rank.world,
+        accumulation=recipe.train.accumulation,
+        start_step=start_step,
+        on_bad=partial(_quarantine, run),
+    )
+
+
+def _quarantine(run: Run, source: str, id: int, reason: str, step: int) -> None:
+    """Notes a sample that could not be read and was replaced; any rank, any loader thread."""
+    row = {"step": step, "attempt": run.attempt, "source": source, "id": id, "reason": reason}
+    append_row(run.directory / "quarantine.jsonl", row)
