@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def rows(step: int) -> torch.Tensor:
 
 
 def ds_file(directory: Path, *, persistence: int, **more: object) -> Path:
-    path = directory / f"zero3_{persistence}.json"
+    path = directory / f"zero3_{persistence}_{os.getpid()}.json"  # every rank writes its own: none reads half a file
     path.write_text(
         json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": persistence}, **more})
     )
