@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import webdataset as wds
 from tiny import command, environment, pretrain, recipe, write_data, write_recipe
 
@@ -15,6 +16,7 @@ from m3i_large.checkpoint import Checkpoint, newest
 from m3i_large.evaluate import KINDS, evaluate
 from m3i_large.metrics import read_metrics, read_rows
 from m3i_large.run import read_exit
+from m3i_large.schedule import MomentumConfig, ema_momentum
 
 pytestmark = pytest.mark.slow
 LOSSES = ("loss", "loss/intra", "loss/inter", "loss/category", "loss/text")
@@ -173,6 +175,26 @@ def seen(run: Path) -> dict[int, list]:
         for row in read_rows(path):
             steps.setdefault(row["step"], []).extend(map(tuple, row["samples"]))
     return {step: sorted(samples) for step, samples in steps.items()}
+
+
+def test_the_target_is_the_moving_average_of_the_students_weights(data: Path, tmp_path: Path) -> None:
+    """From one checkpoint to the next: target = m * target + (1 - m) * student, once a step, with the schedule's m."""
+    values = recipe(data, steps=3, checkpoint_every=1, checkpoint_keep=9, picture_every=0, momentum_ema={"base": 0.7})
+    result = pretrain("--recipe", write_recipe(tmp_path / "r.yaml", values), "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stdout + result.stderr
+    saved = [Checkpoint(tmp_path / "run/checkpoints" / f"step_{step:08d}") for step in (1, 2, 3)]
+    rows = read_metrics(tmp_path / "run")
+    for before, after, row in zip(saved, saved[1:], rows[1:], strict=False):
+        momentum = ema_momentum(row["step"], steps=3, config=MomentumConfig(base=0.7))
+        assert row["optim/momentum_ema"] == momentum and 0.7 < momentum < 1
+        for key in after.keys("ema/"):
+            student = after.read_full(key.replace("ema/target.", "master/student."))
+            expected = momentum * before.read_full(key) + (1 - momentum) * student
+            torch.testing.assert_close(
+                after.read_full(key), expected, rtol=1e-5, atol=1e-7, msg=lambda m, key=key: key + m
+            )
+    moved = [(a.read_full(k) - b.read_full(k)).abs().max() for a, b in [saved[:2]] for k in a.keys("ema/")]
+    assert max(moved) > 1e-5
 
 
 def test_resuming_on_two_ranks_continues_the_run_of_one(data: Path, tmp_path: Path) -> None:
