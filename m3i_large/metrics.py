@@ -16,10 +16,17 @@ PACKAGES = ("m3i_large", "torch", "deepspeed", "timm", "transformers", "numpy")
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Appends one JSON object as a line; non-finite numbers become null, as JSON has none."""
+    """Appends one JSON object as a line; non-finite numbers become null, as JSON has none.
+
+    After a line that a crash cut short a new one is begun, so that only the cut one is lost.
+    """
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(clean) + "\n")
+    line = json.dumps(clean) + "\n"
+    with path.open("a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

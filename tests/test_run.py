@@ -70,6 +70,8 @@ def test_the_highest_attempt_counts_and_a_cut_line_is_dropped(tmp_path: Path) ->
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "att')
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(0, 1.0), (1, 20.0), (2, None)]
+    append_row(tmp_path / "metrics.jsonl", {"step": 3, "attempt": 2, "loss": 4.0})
+    assert read_metrics(tmp_path)[-1]["loss"] == 4.0, "the row after the cut one is whole"
     assert read_rows(tmp_path / "none.jsonl") == [] and read_exit(tmp_path) == {}
 
 
