@@ -131,6 +131,8 @@ def _figure(rows: Rows, panels: list[list[str]], restarts: list[int], title: str
             axes.plot(*zip(*points, strict=True), linewidth=1, label=name)
         for step in restarts:
             axes.axvline(step, color="grey", linestyle=":", linewidth=1)
+        if names[0].startswith("gradient/"):  # terms differ by orders of magnitude
+            axes.set_yscale("log")
         axes.legend(fontsize=7)
         axes.tick_params(labelsize=7)
         axes.set_xlabel("step", fontsize=7)
@@ -159,8 +161,11 @@ def _pictures(run: Path) -> str:
     found = sorted((run / "pictures").glob("step_*/input.png"))
     if not found:
         return ""
-    caption = "From above: own picture (target view), the partner's (other view), the mix, the mask (white = own)."
-    alt = "Rows of small pictures: own, partner's, mixed in patches, mask"
+    caption = (
+        "From above: target view, other view (in a mix: the partner's), the student's input, "
+        "the mask (white = visible, in a mix: own)."
+    )
+    alt = "Rows of small pictures: target view, other view, the student's input, mask"
     return f"<h2>What the student sees</h2>{_image(lambda b: b.write(found[-1].read_bytes()), alt, caption)}"
 
 
