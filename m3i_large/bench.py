@@ -38,7 +38,7 @@ def bench_step(recipe: Recipe, *, rows: int, device: torch.device) -> list[dict[
         for objective in (whole, clip):
             use_plain_attention(objective)
     batch = random_batch(recipe, rows).to(device)
-    calls = {"step": lambda: _train(whole(batch)["loss"]), "CLIP-only step": lambda: _train(clip(batch)["loss"])}
+    calls = {"step": lambda: whole(batch)["loss"].backward(), "CLIP-only step": lambda: clip(batch)["loss"].backward()}
     calls |= _parts(whole, batch)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(WARM + REPEATS):
@@ -88,22 +88,22 @@ def random_batch(recipe: Recipe, rows: int, *, seed: int = 0) -> Batch:
     )
 
 
-def _parts(o: Objective, batch: Batch) -> dict[str, Callable[[], None]]:
+def _parts(o: Objective, batch: Batch) -> dict[str, Callable[[], object]]:
     """The towers, each called as the objective calls it."""
     image, own = o._images(batch)
     readings = o._encode(batch, image)
-    calls: dict[str, Callable[[], None]] = {"student": lambda: _train(_sum(o._encode(batch, image)))}
+    calls: dict[str, Callable[[], object]] = {"student": lambda: _sum(o._encode(batch, image)).backward()}
     if o.target is not None:
-        calls["target encoder"] = lambda: _ignore(o._features(own))
+        calls["target encoder"] = lambda: o._features(own)
     if o.decoder is not None:
         given = {reading.view: _detached(reading) for reading in readings}
         wanted = {view: str(view) for view in given}
-        calls["decoder"] = lambda: _train(
-            torch.stack([x.float().sum() for x in o._decode(batch, given, wanted).values()]).sum()
+        calls["decoder"] = lambda: (
+            torch.stack([x.float().sum() for x in o._decode(batch, given, wanted).values()]).sum().backward()
         )
     if o.text is not None:
         token = batch.text_NT[batch.text_valid_N]
-        calls["text tower"] = lambda: _train(o.text(token).float().sum())
+        calls["text tower"] = lambda: o.text(token).float().sum().backward()
     return calls
 
 
@@ -115,15 +115,7 @@ def _detached(reading: Reading) -> Reading:
     return replace(reading, token_NKD=reading.token_NKD.detach().requires_grad_())
 
 
-def _train(loss: Tensor) -> None:
-    loss.backward()
-
-
-def _ignore(result: Tensor) -> None:
-    del result
-
-
-def _milliseconds(call: Callable[[], None], device: torch.device) -> float:
+def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()

@@ -10,6 +10,7 @@ from m3i_kernels.patch_mix import patch_mix
 from torch import Tensor
 
 from m3i_large.data.batch import Batch
+from m3i_large.objective.readings import visible_NL
 from m3i_large.recipe import Recipe
 
 HIDDEN = np.uint8(128)
@@ -46,8 +47,7 @@ def write_input_picture(directory: Path, batch: Batch, recipe: Recipe, *, column
 
 def _enlarged(mask_NPP: Tensor, size: int) -> np.ndarray:
     """The mask as images (N, H, W, 3) of booleans."""
-    factor = size // mask_NPP.shape[-1]
-    mask_NHW = mask_NPP.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    mask_NHW = visible_NL(mask_NPP, size).unflatten(1, (size, size))
     return mask_NHW[..., None].expand(-1, -1, -1, 3).numpy()
 
 

@@ -188,9 +188,9 @@ class Objective(nn.Module):
             else:
                 assert feature is not None, "checked with the recipe"
                 target = F.layer_norm(feature.float(), feature.shape[-1:])
-            count = target.shape[0] * target.shape[1] * self.collectives.world
             moment_DD = None
             if any(term.decorrelation for term in dense):
+                count = target.shape[0] * target.shape[1] * self.collectives.world
                 moment_DD = self.collectives.all_reduce_sum(second_moment(target)) / count
             rows |= {t.name: dense_rows(t, predicted[_view(t)], target, moment_DD) for t in dense}
         if pooled:
