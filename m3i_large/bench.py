@@ -3,6 +3,7 @@
 No DeepSpeed and no data: the objective's own work, forward and backward, on random pictures.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor
 from m3i_large.build import build_objective, use_plain_attention
 from m3i_large.data.batch import Batch
 from m3i_large.objective import Objective, ObjectiveConfig
+from m3i_large.objective.objective import view_of
 from m3i_large.objective.readings import Reading
 from m3i_large.recipe import Recipe
 from m3i_large.run import resolve_precision
@@ -27,9 +29,9 @@ def bench_step(recipe: Recipe, *, rows: int, device: torch.device) -> list[dict[
     """Times one micro-batch of `rows` samples.
 
     Returns:
-        Rows {part, ms, share}: encoders, decoder, text tower, `rest` (pool, heads, losses, geometry, mixing: the whole
-        less the parts), `step` (the whole, share 1), and `CLIP-only step` with its share of the whole. Medians of 7
-        alternating runs, milliseconds.
+        Rows {part, ms, share}: encoders, decoder, text tower, `rest` (pool, heads, losses, geometry, mixing: a step
+        whose towers have their results already), `step` (the whole, share 1), and `CLIP-only step` with its share of
+        the whole. Medians of 7 alternating runs, milliseconds; on a busy machine the parts need not add up.
     """
     dtype = torch.bfloat16 if resolve_precision(recipe.train.precision, device) == "bf16" else torch.float32
     clip_only = recipe.model_copy(update={"objective": ObjectiveConfig.model_validate(CLIP_ONLY)})
@@ -38,8 +40,10 @@ def bench_step(recipe: Recipe, *, rows: int, device: torch.device) -> list[dict[
         for objective in (whole, clip):
             use_plain_attention(objective)
     batch = random_batch(recipe, rows).to(device)
-    calls = {"step": lambda: whole(batch)["loss"].backward(), "CLIP-only step": lambda: clip(batch)["loss"].backward()}
-    calls |= _parts(whole, batch)
+    calls = _parts(whole, batch) | {
+        "step": lambda: whole(batch)["loss"].backward(),
+        "CLIP-only step": lambda: clip(batch)["loss"].backward(),
+    }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(WARM + REPEATS):
         for name, call in calls.items():
@@ -47,10 +51,7 @@ def bench_step(recipe: Recipe, *, rows: int, device: torch.device) -> list[dict[
             if repeat >= WARM:
                 times[name].append(duration)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    parts = {name: value for name, value in medians.items() if name not in ("step", "CLIP-only step")}
-    parts["rest"] = medians["step"] - sum(parts.values())
-    shown = parts | {name: medians[name] for name in ("step", "CLIP-only step")}
-    return [{"part": name, "ms": value, "share": value / medians["step"]} for name, value in shown.items()]
+    return [{"part": name, "ms": value, "share": value / medians["step"]} for name, value in medians.items()]
 
 
 def random_batch(recipe: Recipe, rows: int, *, seed: int = 0) -> Batch:
@@ -89,22 +90,39 @@ def random_batch(recipe: Recipe, rows: int, *, seed: int = 0) -> Batch:
 
 
 def _parts(o: Objective, batch: Batch) -> dict[str, Callable[[], object]]:
-    """The towers, each called as the objective calls it."""
+    """The towers, each called as the objective calls it, and the objective with their results given to it."""
     image, own = o._images(batch)
-    readings = o._encode(batch, image)
+    with torch.no_grad():
+        readings = [_detached(reading) for reading in o._encode(batch, image)]
     calls: dict[str, Callable[[], object]] = {"student": lambda: _sum(o._encode(batch, image)).backward()}
+    given: dict[str, Any] = {"_encode": readings}
     if o.target is not None:
         calls["target encoder"] = lambda: o._features(own)
+        given["_features"] = o._features(own)
     if o.decoder is not None:
-        given = {reading.view: _detached(reading) for reading in readings}
-        wanted = {view: str(view) for view in given}
+        wanted = {view_of(term): term.name for term in o.config.terms if term.dense}
+        by_view = {reading.view: reading for reading in readings if reading.view in wanted}
+        with torch.no_grad():
+            given["_decode"] = {v: x.requires_grad_() for v, x in o._decode(batch, by_view, wanted).items()}
         calls["decoder"] = lambda: (
-            torch.stack([x.float().sum() for x in o._decode(batch, given, wanted).values()]).sum().backward()
+            torch.stack([x.float().sum() for x in o._decode(batch, by_view, wanted).values()]).sum().backward()
         )
     if o.text is not None:
         token = batch.text_NT[batch.text_valid_N]
         calls["text tower"] = lambda: o.text(token).float().sum().backward()
-    return calls
+        given["text"] = o.text(token).detach().requires_grad_()
+    rest = _with_results(o, given)
+    return calls | {"rest": lambda: rest(batch)["loss"].backward()}
+
+
+def _with_results(o: Objective, given: dict[str, Any]) -> Objective:
+    """The objective with its encoders and its decoder replaced by their results."""
+    shell = copy.copy(o)
+    shell._modules = {name: module for name, module in o._modules.items() if name not in given}
+    for name, result in given.items():
+        # Into the instance itself, before the class's methods and past Module's bookkeeping.
+        object.__setattr__(shell, name, lambda *_, result=result: result)
+    return shell
 
 
 def _sum(readings: list[Reading]) -> Tensor:

@@ -182,7 +182,7 @@ class Objective(nn.Module):
         rows: dict[str, Rows] = {}
         feature = None if self.config.encoder is None else self._features(own)
         if dense:
-            predicted = self._decode(batch, by_view, {_view(term): term.name for term in dense})
+            predicted = self._decode(batch, by_view, {view_of(term): term.name for term in dense})
             if dense[0].target == "pixels":
                 target = pixel_targets(own, patch=self.student.token_stride)
             else:
@@ -192,9 +192,9 @@ class Objective(nn.Module):
             if any(term.decorrelation for term in dense):
                 count = target.shape[0] * target.shape[1] * self.collectives.world
                 moment_DD = self.collectives.all_reduce_sum(second_moment(target)) / count
-            rows |= {t.name: dense_rows(t, predicted[_view(t)], target, moment_DD) for t in dense}
+            rows |= {t.name: dense_rows(t, predicted[view_of(t)], target, moment_DD) for t in dense}
         if pooled:
-            reading = by_view[_view(pooled[0])]
+            reading = by_view[view_of(pooled[0])]
             token = self._tap(pooled[0].name, reading.token_NKD)
             predicted_NE = reading.by_image(self.global_head(self.pool(token)))
             target_NE = self._pooled_target(feature)
@@ -265,6 +265,6 @@ class Objective(nn.Module):
         return out | {"loss": total}
 
 
-def _view(term: TermConfig) -> int:
+def view_of(term: TermConfig) -> int:
     """The view from which a term predicts the target view."""
     return TARGET_VIEW if term.view == "same" else OTHER_VIEW

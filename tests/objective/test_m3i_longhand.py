@@ -20,6 +20,7 @@ from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
 N, SIZE, PATCH, GRID, WIDTH, CLASSES, T = 8, 16, 4, 4, 6, 5, 4
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 TERMS = ("intra", "inter", "category", "text")
+WEIGHTS = dict(zip(TERMS, (1.0, 2.0, 0.5, 0.7), strict=True))
 
 
 class Encoder(nn.Module):
@@ -73,7 +74,9 @@ class TextHead(nn.Module):
         return self.image(pooled), self.text(text), self.log_scale.exp()
 
 
-def build(collectives: object = None, *, ratio: float = 0.5, patch: int = PATCH) -> Objective:
+def build(
+    collectives: object = None, *, ratio: float = 0.5, patch: int = PATCH, weights: dict[str, float] = WEIGHTS
+) -> Objective:
     torch.manual_seed(1)
     student = Encoder()
     target = copy.deepcopy(student).requires_grad_(False)
@@ -81,7 +84,7 @@ def build(collectives: object = None, *, ratio: float = 0.5, patch: int = PATCH)
         target.inner.weight.mul_(0.7)
     config = ObjectiveConfig(
         input={"patch": patch, "ratio": ratio},
-        terms=[{"name": n, "weight": w} for n, w in zip(TERMS, (1.0, 2.0, 0.5, 0.7), strict=True)],
+        terms=[{"name": name, "weight": weight} for name, weight in weights.items()],
     )
     towers = {
         "text": Text(),
@@ -266,6 +269,21 @@ def test_losses_and_gradients_equal_the_equations(ratio: float, patch: int) -> N
         torch.testing.assert_close(grad, wanted[name], rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
     assert out["optim/temperature"].item() == pytest.approx(math.exp(-1.3), rel=1e-5)
     assert all(p.grad is None for p in o.target.parameters())
+
+
+@pytest.mark.parametrize("alone", TERMS)
+def test_the_norm_of_each_terms_gradient_by_each_parameter_equals_the_equations(alone: str) -> None:
+    batch, o = make_batch(), build()
+    longhand(in_double(o), batch)[alone].backward()
+    wanted = {name: 0.0 if p.grad is None else p.grad.norm().item() for name, p in o.named_parameters()}
+    only = build(weights=dict.fromkeys(TERMS, 0.0) | {alone: 1.0})
+    in_double(only)(batch)["loss"].backward()
+    norms = {name: grad.norm().item() for name, grad in gradients(only).items()}
+    assert norms == pytest.approx({name: wanted[name] for name in norms}, rel=1e-3, abs=1e-6)
+    head = {"intra": "decoder", "inter": "decoder", "category": "category_head", "text": "text_head"}[alone]
+    towers = {name.split(".")[0] for name, norm in norms.items() if norm > 1e-6}
+    pool = {"pool"} if alone in ("category", "text") else set()
+    assert towers == {"student", head} | pool | ({"text"} if alone == "text" else set())
 
 
 def test_per_source_sums_add_up_to_the_losses() -> None:
