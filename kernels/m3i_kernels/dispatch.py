@@ -81,14 +81,14 @@ def resolve(op_name: str, device: torch.device | str) -> str:
     return backend
 
 
-def implementation(op_name: str, device: torch.device | str) -> Callable[..., Any]:
-    """Returns the function that `resolve` chooses; imports its module on first use.
+def implementation(op_name: str, device: torch.device | str, function: str = "") -> Callable[..., Any]:
+    """Returns the function (named as the operator by default) that `resolve` chooses; imports its module on first use.
 
     Raises:
         ValueError: as `resolve`.
     """
     module = importlib.import_module(f"m3i_kernels.{op_name}.{_MODULE[resolve(op_name, device)]}")
-    return getattr(module, op_name)
+    return getattr(module, function or op_name)
 
 
 def _checked(name: str, what: str) -> str:
