@@ -32,8 +32,8 @@ def dcnv3(
 
     Output pixel (row, col) of group g is sum over k of softmax(logit)_k * value(location_k), where location_k =
     (col * stride - padding + half, row * ...) + (point_k + offset_k) * offset_scale, read bilinearly with zeros
-    outside (each corner by itself). Points run column by column, offsets are (x, y). With `center` the result is blended
-    with the value at the same place: (1 - s) * result + s * value, s = sigmoid(center).
+    outside (each corner by itself). Points run column by column, offsets are (x, y). With `center` the result is
+    blended with the value at the same place: (1 - s) * result + s * value, s = sigmoid(center).
 
     Args:
         value_BHWC: C = groups * D, channel g * D + d.

@@ -39,8 +39,7 @@ def dcnv3(value_BHWC: Tensor, offset: Tensor, logit: Tensor, center: Tensor | No
         out_nD += F.embedding_bag(corner.row, table_RD, per_sample_weights=share_nK, mode="sum")
     if center is not None:
         out_nD = torch.lerp(out_nD, table_RD, center.to(dtype).reshape(-1, 1).sigmoid())
-    B, Ho, Wo, _ = offset.shape
-    return out_nD.view(B, Ho, Wo, -1).to(value_BHWC.dtype)
+    return out_nD.view(*offset.shape[:3], value_BHWC.shape[-1]).to(value_BHWC.dtype)
 
 
 def dcnv3_backward(
@@ -88,7 +87,7 @@ def _compute_dtype(value: Tensor) -> torch.dtype:
 
 def _table(value_BHWC: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """The value as rows of one pixel and group: (B * H * W * G, D)."""
-    return value_BHWC.to(dtype).reshape(-1, value_BHWC.shape[-1] // groups)
+    return value_BHWC.to(dtype).contiguous().view(-1, value_BHWC.shape[-1] // groups)
 
 
 def _weight(logit: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
@@ -100,7 +99,7 @@ def _corners(shape: torch.Size, offset: Tensor, geometry: Geometry) -> Iterator[
     B, H, W, _ = shape
     Ho, Wo = offset.shape[1:3]
     G, K, device = geometry.groups, geometry.num_points, offset.device
-    offset_BhwGK2 = offset.reshape(B, Ho, Wo, G, K, 2)
+    offset_BhwGK2 = offset.contiguous().view(B, Ho, Wo, G, K, 2)
     point_K2 = offset.new_tensor(geometry.points())
     x_1w11 = (
         geometry.first_center + geometry.stride * torch.arange(Wo, device=device, dtype=offset.dtype)[:, None, None]
@@ -114,13 +113,13 @@ def _corners(shape: torch.Size, offset: Tensor, geometry: Geometry) -> Iterator[
     index_dtype = torch.int32 if num_rows < 2**31 else torch.int64
     first_B1111 = torch.arange(0, num_rows, H * W * G, device=device, dtype=index_dtype).view(B, 1, 1, 1, 1)
     group_G1 = torch.arange(G, device=device, dtype=index_dtype)[:, None]
-    sides_x = _sides(x, W, index_dtype)
-    sides_y = [(index * (W * G) + (first_B1111 + group_G1), *rest) for index, *rest in _sides(y, H, index_dtype)]
+    sides_x, sides_y = _sides(x, W, index_dtype), _sides(y, H, index_dtype)
     for y_index, y_share, y_inside, y_sign in sides_y:
+        image_row = y_index * (W * G) + (first_B1111 + group_G1)
         for x_index, x_share, x_inside, x_sign in sides_x:
-            corner = (y_index + x_index * G, x_share, y_share, y_inside * x_inside)
-            row, x_share, y_share, inside = (part.reshape(-1, K) for part in corner)
-            yield _Corner(row, x_share * inside, y_share * inside, x_sign, y_sign, inside)
+            inside = (y_inside * x_inside).view(-1, K)
+            row = (image_row + x_index * G).view(-1, K)
+            yield _Corner(row, x_share.view(-1, K) * inside, y_share.view(-1, K) * inside, x_sign, y_sign, inside)
 
 
 def _sides(x: Tensor, size: int, index_dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor, int]]:
