@@ -36,7 +36,7 @@ def build_objective(
     copies = needs.encoder in ("ema", "frozen")
     torch.manual_seed(recipe.train.seed)
     arch = recipe.backbone.arch | ({"mask_token": True} if needs.input.fill == "token" else {})
-    student: Any = create_model(recipe.backbone.name, **arch)
+    student: Any = create_model(recipe.backbone.name, bridge=True, **arch)
     target = _frozen(student) if copies else None
     text = TextTower(recipe.text) if needs.has("text") else None
     decoder = _decoder(recipe, student) if needs.dense else None

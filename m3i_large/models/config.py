@@ -1,8 +1,8 @@
 """The models' own configs: a recipe is the sum of such parts (unknown keys are errors)."""
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from m3i_large.errors import UserError
 
@@ -30,6 +30,39 @@ class ViTConfig(ModelConfig):
     patch_size: PositiveInt = 16
     mlp_ratio: PositiveFloat = 4.0
     mask_token: bool = Field(False, description="a learned token that can stand in for hidden patches")
+
+
+class InternImageConfig(ModelConfig):
+    """An InternImage's shape (facts of the official configurations); the named models fix all but the last four."""
+
+    channels: PositiveInt = Field(description="of the first level; each further level has twice as many")
+    depths: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field(description="blocks of each level")
+    groups: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field(
+        description="of the deformable convolution"
+    )
+    mlp_ratio: PositiveFloat = 4.0
+    dw_kernel_size: PositiveInt = Field(3, description="depthwise convolution before offsets and masks; odd")
+    offset_scale: PositiveFloat = 1.0
+    layer_scale: PositiveFloat | None = None
+    post_norm: bool = False
+    res_post_norm: bool = Field(False, description="a second norm behind each branch; needs post_norm false")
+    level2_post_norm: tuple[int, ...] = Field((), description="blocks of the third level that a norm follows")
+    center_feature_scale: bool = False
+    head: Literal["conv", "pool"] = Field("conv", description="which official classifier num_classes adds")
+    remove_center: bool = Field(False, description="8 points, without the middle one")
+    bridge_width: PositiveInt | None = Field(None, description="of the tokens; null: that of stage 3, at most 1024")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="of the last block, falling to 0 at the first; fine-tuning")
+    image_size: PositiveInt = Field(224, multiple_of=32)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "InternImageConfig":
+        if self.res_post_norm and (self.post_norm or self.layer_scale is not None):
+            raise ValueError("res_post_norm without post_norm and layer_scale: official models then ignore it")
+        if self.dw_kernel_size % 2 == 0:
+            raise ValueError("an odd dw_kernel_size")
+        if any(not 0 <= block < self.depths[2] for block in self.level2_post_norm):
+            raise ValueError(f"level2_post_norm below depths[2] = {self.depths[2]}")
+        return self
 
 
 class TextConfig(ModelConfig):

@@ -147,9 +147,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *_, center = ctx.saved_tensors
-    grads = _dcnv3_backward(grad, *ctx.saved_tensors, *ctx.geometry)
-    return (*grads, *([None] if center is None else []), *[None] * len(ctx.geometry))
+    saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
+    grads = _dcnv3_backward(grad, *saved, *ctx.geometry)
+    return (*grads, *[None] * (len(saved) - len(grads) + len(ctx.geometry)))
 
 
 _dcnv3.register_autograd(_backward, setup_context=_setup_context)
