@@ -93,6 +93,17 @@ class Recipe(BaseModel):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
 
+    @model_validator(mode="after")
+    def _backbone_fits_the_objective(self) -> "Recipe":
+        name, mask = self.backbone.name, self.objective.input.mask
+        if name.startswith("internimage") and mask not in ("none", "mix"):
+            raise ValueError(
+                f"objective.input.mask {mask} leaves patches out, which {name} cannot; needed: none or mix"
+            )
+        if self.backbone.arch.get("drop_path"):
+            raise ValueError("backbone.arch.drop_path is for fine-tuning; pre-training needs 0")
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written into a run's recipe.yaml."""
         return self.model_dump(mode="json")
@@ -192,6 +203,9 @@ def _read(name: str) -> dict[str, Any]:
     parent = read_yaml(locate(str(base), RECIPES, what="recipe"))
     if "extends" in parent:
         raise UserError(f"recipe: {path} extends {base}, which extends {parent['extends']}; needed: one level")
+    name = values.get("backbone", {}).get("name")
+    if name and name != parent.get("backbone", {}).get("name"):
+        parent.pop("backbone", None)  # fields of one kind of model mean nothing to another
     return _merge(parent, values)
 
 

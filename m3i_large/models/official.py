@@ -75,7 +75,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"holds {foreign[1]}" if foreign else "is not a torch checkpoint"
         raise UserError(f"checkpoint: {path} {what}; needed: tensors and plain values only") from None
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"checkpoint: {path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(content, Mapping):
         raise UserError(f"checkpoint: {path} holds a {type(content).__name__}; needed: a mapping of names to tensors")

@@ -1,4 +1,4 @@
-"""InternImage against its official key list, against a functional re-statement in float64, and under sharding's rules."""
+"""InternImage against its official key list and against a functional re-statement in float64."""
 
 from pathlib import Path
 from typing import Any
