@@ -45,9 +45,13 @@ class ShardedEMA:
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """target = momentum * target + (1 - momentum) * student; call it after an applied optimizer step only."""
-        for name, (parameter, twin) in self._pairs.items():
-            out = self._engine.partition_of(twin).values
-            ema_update(self._shadow[name], self._engine.master(parameter).values, momentum=momentum, out=out)
+        ema_update(
+            list(self._shadow.values()),
+            [self._engine.master(parameter).values for parameter, _ in self._pairs.values()],
+            momentum=momentum,
+            out=[self._engine.partition_of(twin).values for _, twin in self._pairs.values()],
+        )
+        for _, twin in self._pairs.values():
             self._engine.release(twin)
         for buffer, copy in self._buffers.values():
             copy.copy_(buffer)

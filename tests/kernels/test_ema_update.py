@@ -3,14 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from m3i_kernels.dispatch import implementation
+from m3i_kernels.dispatch import implementation, use_backend
 from m3i_kernels.ema_update import ema_update
 from m3i_kernels.testing import ODD_SIZES, assert_close, noncontiguous
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pair(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+
+
+def update(ema: torch.Tensor, source: torch.Tensor, *, out: torch.Tensor | None = None, **more: object) -> None:
+    """One tensor at a time, which is what most tests are about."""
+    ema_update([ema], [source], out=None if out is None else [out], **more)
 
 
 def longhand(ema: torch.Tensor, source: torch.Tensor, momentum: float) -> torch.Tensor:
@@ -27,7 +34,7 @@ def test_matches_the_loop(size: int, momentum: float) -> None:
     ema, source = pair(size)
     expected = longhand(ema, source, momentum)
     before = source.clone()
-    assert ema_update(ema, source, momentum=momentum) is None
+    assert ema_update([ema], [source], momentum=momentum) is None
     assert_close(ema, expected)
     assert torch.equal(source, before)
 
@@ -36,18 +43,18 @@ def test_matches_the_loop(size: int, momentum: float) -> None:
 def test_any_shape(shape: tuple[int, ...]) -> None:
     ema, source = pair(*shape)
     expected = longhand(ema, source, 0.9)
-    ema_update(ema, source, momentum=0.9)
+    update(ema, source, momentum=0.9)
     assert_close(ema, expected)
 
 
 def test_ends_are_exact() -> None:
     ema, source = pair(1031)
     kept, big = ema.clone(), ema * 1e6
-    ema_update(ema, source, momentum=1.0)
+    update(ema, source, momentum=1.0)
     assert torch.equal(ema, kept)
-    ema_update(big, source, momentum=0.0)
+    update(big, source, momentum=0.0)
     assert torch.equal(big, source)
-    ema_update(source, source.clone(), momentum=0.37)
+    update(source, source.clone(), momentum=0.37)
     assert torch.equal(source, big)
 
 
@@ -56,9 +63,9 @@ def test_ends_are_exact() -> None:
 def test_out_is_the_rounded_average(dtype: torch.dtype, out_shape: tuple[int, ...]) -> None:
     ema, source = pair(6, 7)
     alone = ema.clone()
-    ema_update(alone, source, momentum=0.9)
+    update(alone, source, momentum=0.9)
     out = torch.full(out_shape, torch.nan, dtype=dtype)
-    ema_update(ema, source, momentum=0.9, out=out)
+    update(ema, source, momentum=0.9, out=out)
     assert torch.equal(ema, alone)
     assert torch.equal(out.flatten(), alone.flatten().to(dtype))
 
@@ -66,9 +73,9 @@ def test_out_is_the_rounded_average(dtype: torch.dtype, out_shape: tuple[int, ..
 def test_layout_does_not_matter() -> None:
     ema, source = pair(5, 7)
     expected, out = ema.clone(), torch.empty(5, 7, dtype=torch.bfloat16)
-    ema_update(expected, source, momentum=0.9)
+    update(expected, source, momentum=0.9)
     for (layout, a), (_, b), (_, c) in zip(noncontiguous(ema), noncontiguous(source), noncontiguous(out), strict=True):
-        ema_update(a, b, momentum=0.9, out=c)
+        update(a, b, momentum=0.9, out=c)
         assert torch.equal(a, expected), layout
         assert torch.equal(c, expected.bfloat16()), layout
 
@@ -76,11 +83,11 @@ def test_layout_does_not_matter() -> None:
 def test_bits_do_not_depend_on_where_a_partition_begins() -> None:
     ema, source = pair(5003)
     whole = ema.clone()
-    ema_update(whole, source, momentum=0.9991)
+    update(whole, source, momentum=0.9991)
     for cuts in ([1, 7, 300, 4695], [2501, 2502], [17] * 294 + [5]):
         parts = [part.clone() for part in ema.split(cuts)]
         for part, values in zip(parts, source.split(cuts), strict=True):
-            ema_update(part, values, momentum=0.9991)
+            update(part, values, momentum=0.9991)
         assert torch.equal(torch.cat(parts), whole)
 
 
@@ -89,7 +96,7 @@ def test_fp32_follows_the_closed_form_for_a_thousand_steps() -> None:
     start, sources = torch.randn(257, generator=g), torch.randn(1000, 257, generator=g) + 2
     ema, m = start.clone(), 0.999
     for source in sources:
-        ema_update(ema, source, momentum=m)
+        update(ema, source, momentum=m)
     weights = (1 - m) * m ** np.arange(999, -1, -1)
     expected = m**1000 * start.double().numpy() + weights @ sources.double().numpy()
     np.testing.assert_allclose(ema.numpy(), expected, rtol=0, atol=5e-6)
@@ -100,8 +107,8 @@ def test_a_bf16_average_would_stand_still() -> None:
     ema, low = start.clone(), start.bfloat16()
     reference = implementation("ema_update", "cpu")
     for _ in range(1000):
-        ema_update(ema, goal, momentum=0.999)
-        reference(low, goal.bfloat16(), momentum=0.999, out=None)
+        update(ema, goal, momentum=0.999)
+        reference([low], [goal.bfloat16()], momentum=0.999, out=[], skip=None)
     assert torch.equal(low, start.bfloat16())  # each step is below half a unit in the last place
     expected = goal.double() + 0.999**1000 * (start - goal).double()  # fp32 has covered 63 % of the way
     np.testing.assert_allclose(ema.numpy(), expected.numpy(), rtol=0, atol=2e-5)
@@ -111,7 +118,7 @@ def test_a_bf16_average_would_stand_still() -> None:
 def test_comparison_notices_a_wrong_twin(factor: float) -> None:
     ema, source = pair(31)
     expected = longhand(ema, source, 0.9)
-    implementation("ema_update", "cpu")(ema, source, momentum=0.9 * factor, out=None)
+    implementation("ema_update", "cpu")([ema], [source], momentum=0.9 * factor, out=[], skip=None)
     with pytest.raises(AssertionError):
         assert_close(ema, expected)
 
@@ -120,7 +127,7 @@ def test_is_never_differentiated() -> None:
     ema, source = (torch.nn.Parameter(x) for x in pair(7))
     out = torch.nn.Parameter(torch.zeros(7, dtype=torch.bfloat16))
     expected = longhand(ema.detach(), source.detach(), 0.5)
-    ema_update(ema, source, momentum=0.5, out=out)
+    update(ema, source, momentum=0.5, out=out)
     assert_close(ema, expected)
     assert ema.is_leaf and out.is_leaf and ema.grad_fn is None
 
@@ -129,42 +136,45 @@ def test_is_never_differentiated() -> None:
     "out", [None, torch.zeros(3, 5, dtype=torch.bfloat16), torch.zeros(15)], ids=["none", "bf16", "flat"]
 )
 def test_is_a_sound_custom_operator(out: torch.Tensor | None) -> None:
-    report = torch.library.opcheck(torch.ops.m3i.ema_update.default, (*pair(3, 5), 0.9, out))
+    ema, source = pair(3, 5)
+    report = torch.library.opcheck(
+        torch.ops.m3i.ema_update.default, ([ema], [source], 0.9, [] if out is None else [out], None)
+    )
     assert set(report.values()) == {"SUCCESS"}, report
 
 
 def test_compiles_without_a_graph_break_for_a_changing_momentum() -> None:
     @torch.compile(backend="aot_eager", fullgraph=True)
     def step(ema: torch.Tensor, source: torch.Tensor, momentum: float, out: torch.Tensor) -> torch.Tensor:
-        ema_update(ema, source, momentum=momentum, out=out)
+        update(ema, source, momentum=momentum, out=out)
         return out.float() + 1
 
     for momentum in (0.9, 0.95, 0.99, 1.0):
         ema, source = pair(33)
         eager, out = ema.clone(), torch.empty(33, dtype=torch.bfloat16)
-        ema_update(eager, source, momentum=momentum)
+        update(eager, source, momentum=momentum)
         assert torch.equal(step(ema, source, momentum, out), eager.bfloat16().float() + 1)
         assert torch.equal(ema, eager) and torch.equal(out, eager.bfloat16())
 
 
 def test_meta_tensors_pass() -> None:
     ema, source = (x.to("meta") for x in pair(3, 5))
-    ema_update(ema, source, momentum=0.9, out=torch.empty(15, dtype=torch.bfloat16, device="meta"))
+    update(ema, source, momentum=0.9, out=torch.empty(15, dtype=torch.bfloat16, device="meta"))
     assert ema.shape == (3, 5)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"ema": torch.zeros(4, dtype=torch.bfloat16)}, "ema must be torch.float32, got torch.bfloat16"),
-        ({"source": torch.zeros(4, dtype=torch.float64)}, "source must be torch.float32, got torch.float64"),
+        ({"ema": torch.zeros(4, dtype=torch.bfloat16)}, r"ema\[0\] must be torch.float32, got torch.bfloat16"),
+        ({"source": torch.zeros(4, dtype=torch.float64)}, r"source\[0\] must be torch.float32, got torch.float64"),
         ({"source": torch.zeros(2, 2)}, r"one shape, got \(4,\) and \(2, 2\)"),
         ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1.5"),
         ({"momentum": float("nan")}, "momentum must be in"),
-        ({"out": torch.zeros(5)}, "out must have the 4 elements of ema, got 5"),
-        ({"out": torch.zeros(4, dtype=torch.float64)}, "out must be one of"),
-        ({"out": torch.zeros(4, device="meta")}, "out must be on cpu as ema is, got meta"),
-        ({"source": torch.zeros(4, device="meta")}, "source must be on cpu"),
+        ({"out": torch.zeros(5)}, r"out\[0\] must have the 4 elements of ema\[0\], got 5"),
+        ({"out": torch.zeros(4, dtype=torch.float64)}, r"out\[0\] must be one of"),
+        ({"out": torch.zeros(4, device="meta")}, r"out\[0\] must be on cpu as ema\[0\] is, got meta"),
+        ({"source": torch.zeros(4, device="meta")}, r"source\[0\] must be on cpu"),
     ],
 )
 def test_bad_input_is_one_clear_line(changed: dict, message: str) -> None:
@@ -172,5 +182,114 @@ def test_bad_input_is_one_clear_line(changed: dict, message: str) -> None:
     ema = given.pop("ema")
     kept = ema.clone()
     with pytest.raises(ValueError, match=message):
-        ema_update(ema, given.pop("source"), **given)
+        update(ema, given.pop("source"), **given)
     assert torch.equal(kept, ema)
+
+
+def many(count: int = 9) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Tensors of odd sizes that begin anywhere in their memory, as partitions do."""
+    sizes = [5003, 1, 0, 4096, 4097, 7, 128, 33, 1031][:count]
+    pairs = [pair(n + 3, seed=n) for n in sizes]
+    ema = [e.to(DEVICE)[i % 4 : i % 4 + n] for i, ((e, _), n) in enumerate(zip(pairs, sizes, strict=True))]
+    source = [s.to(DEVICE)[i % 3 : i % 3 + n] for i, ((_, s), n) in enumerate(zip(pairs, sizes, strict=True))]
+    return ema, source, [torch.full((n,), torch.nan, dtype=torch.bfloat16, device=DEVICE) for n in sizes]
+
+
+def assert_rounded(out: torch.Tensor, ema: torch.Tensor, *, backend: str) -> None:
+    """`out` is `ema` to the nearest bf16. Triton's interpreter cuts the last 16 bits off instead; a GPU rounds."""
+    if backend == "triton" and DEVICE == "cpu":
+        assert_close(out, ema)
+    else:
+        assert torch.equal(out, ema.bfloat16())
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.995, 1.0])
+def test_many_tensors_are_updated_as_one_by_one(backend: str, momentum: float) -> None:
+    ema, source, out = many()
+    expected = [longhand(e.cpu(), s.cpu(), momentum) for e, s in zip(ema, source, strict=True)]
+    kept = [e.clone() for e in ema]
+    with use_backend(backend):
+        ema_update(ema, source, momentum=momentum, out=out)
+    for e, o, x, k, s in zip(ema, out, expected, kept, source, strict=True):
+        assert_close(e, x)
+        assert_rounded(o, e, backend=backend)
+        if momentum in (0.0, 1.0):
+            assert torch.equal(e, s if momentum == 0 else k)
+
+
+def test_both_implementations_stay_together_over_steps() -> None:
+    averages = []
+    for backend in ("reference", "triton"):
+        ema, source, out = many()
+        with use_backend(backend):
+            for momentum in (0.9, 0.2, 0.9991):
+                ema_update(ema, source, momentum=momentum, out=out)
+        averages.append(ema)
+    for a, b in zip(*averages, strict=True):
+        assert_close(b, a)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_skipping_leaves_everything_whatever_the_source_is(backend: str) -> None:
+    ema, source, out = many()
+    kept = [x.clone() for x in ema]
+    for s in source:
+        s.fill_(torch.nan)
+    with use_backend(backend):
+        ema_update(ema, source, momentum=0.5, out=out, skip=torch.tensor(True, device=DEVICE))
+        assert all(torch.equal(e, k) for e, k in zip(ema, kept, strict=True))
+        assert all(o.isnan().all() for o in out)
+        ema_update(ema, kept, momentum=0.5, out=out, skip=torch.tensor([False], device=DEVICE))
+        for o, e in zip(out, ema, strict=True):
+            assert_rounded(o, e, backend=backend)
+        ema_update(ema, source, momentum=1.0, out=out)
+        assert all(torch.equal(e, k) for e, k in zip(ema, kept, strict=True))
+
+
+def test_the_table_of_addresses_is_built_once_for_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = pytest.importorskip("m3i_kernels.ema_update.fused")
+    built: list[int] = []
+    blocks = fused._blocks
+    monkeypatch.setattr(fused, "_blocks", lambda row: built.append(1) or blocks(row))
+    ema, source, out = many(5)
+    with use_backend("triton"):
+        for _ in range(3):
+            ema_update(ema, source, momentum=0.9, out=out)
+        assert len(built) == 4  # the empty tensor has no block
+        for _ in range(fused.TABLES_KEPT + 2):
+            e, s, o = many(2)
+            ema_update(e, s, momentum=0.9, out=o)
+            ema.append(e[0])  # keeps the memory from being reused
+    assert len(fused._tables) <= fused.TABLES_KEPT
+
+
+def test_non_contiguous_tensors_reach_the_fused_kernel_as_copies_and_come_back() -> None:
+    ema, source = pair(5, 7)
+    expected, out = ema.clone(), torch.empty(5, 7, dtype=torch.bfloat16)
+    update(expected, source, momentum=0.9)
+    with use_backend("triton"):
+        for (layout, a), (_, b), (_, c) in zip(*map(noncontiguous, (ema, source, out)), strict=True):
+            a, b, c = a.to(DEVICE), b.to(DEVICE), c.to(DEVICE)
+            update(a, b, momentum=0.9, out=c)
+            assert_close(a, expected, what=layout)
+            assert_rounded(c, a, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"source": []}, "source must have the 1 tensors of ema, got 0"),
+        ({"out": [torch.zeros(4), torch.zeros(4)]}, "out must have the 1 tensors of ema, got 2"),
+        ({"skip": torch.zeros(2, dtype=torch.bool)}, "skip must be one bool on the device of ema, got 2"),
+        ({"skip": torch.zeros(1)}, "skip must be one bool"),
+    ],
+)
+def test_lists_that_do_not_match_are_named(more: dict, message: str) -> None:
+    given = {"ema": [torch.zeros(4)], "source": [torch.zeros(4)], "momentum": 0.5} | more
+    with pytest.raises(ValueError, match=message):
+        ema_update(given.pop("ema"), given.pop("source"), **given)
+
+
+def test_no_tensor_is_no_work() -> None:
+    ema_update([], [], momentum=0.5)

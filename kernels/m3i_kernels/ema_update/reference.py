@@ -1,12 +1,24 @@
 """The specification of `ema_update`."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
-def ema_update(ema: Tensor, source: Tensor, *, momentum: float, out: Tensor | None) -> None:
+def ema_update(
+    ema: Sequence[Tensor], source: Sequence[Tensor], *, momentum: float, out: Sequence[Tensor], skip: Tensor | None
+) -> None:
     """ema += (1 - momentum) * (source - ema), elementwise in fp32; `out` gets the result, rounded to nearest even."""
-    # lerp, unlike momentum * ema + (1 - momentum) * source, leaves ema == source exactly where it is, returns source
-    # exactly at momentum 0, and treats an element alike wherever a partition begins.
-    ema.lerp_(source, 1 - momentum)
-    if out is not None:
-        out.copy_(ema.reshape(out.shape))
+    nothing: list[Tensor | None] = [None] * len(ema)
+    for e, s, o in zip(ema, source, out or nothing, strict=True):
+        # lerp, unlike momentum * ema + (1 - momentum) * source, leaves ema == source exactly where it is, returns
+        # source exactly at momentum 0, and treats an element alike wherever a partition begins. At momentum 1 an
+        # infinite source would still reach the average.
+        moved = e if momentum == 1 else torch.lerp(e, s, 1 - momentum)
+        for x in (e, o):
+            if x is None or x is moved:
+                continue
+            new = moved.reshape(x.shape)
+            # A choice, not a product with 0: what is skipped may be NaN.
+            x.copy_(new if skip is None else torch.where(skip, x, new.to(x.dtype)))
