@@ -27,7 +27,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Gives ema_update a fused implementation that records its calls, and no operator any other."""
     calls: list[float] = []
     module = types.ModuleType("m3i_kernels.ema_update.fused")
-    module.ema_update = lambda ema, source, *, momentum, out: calls.append(momentum)  # type: ignore[attr-defined]
+    module.ema_update = lambda ema, source, *, momentum, out, skip: calls.append(momentum)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(dispatch, "_exists", lambda op, name: name == "reference" or op == "ema_update")
     monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
@@ -101,18 +101,21 @@ def test_fused_implementation_runs_where_it_can(fused: list[float], monkeypatch:
         assert resolve("ema_update", "cuda") == "reference"
     with use_backend("triton"):
         assert resolve("ema_update", "cuda:1") == "triton"
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         with pytest.raises(ValueError, match=r"ema_update got tensors on cpu, needs cuda"):
-            ema_update(torch.ones(2), torch.zeros(2), momentum=0.5)
+            ema_update([torch.ones(2)], [torch.zeros(2)], momentum=0.5)
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         assert resolve("ema_update", "cpu") == "triton"
-        ema_update(torch.ones(2), torch.zeros(2), momentum=0.5)
-    ema_update(torch.ones(2), torch.zeros(2), momentum=0.25)  # auto prefers the reference on a CPU, interpreter or not
+        ema_update([torch.ones(2)], [torch.zeros(2)], momentum=0.5)
+    ema_update(
+        [torch.ones(2)], [torch.zeros(2)], momentum=0.25
+    )  # auto prefers the reference on a CPU, interpreter or not
     assert fused == [0.5]
 
 
 def test_compiled_code_follows_the_switch(fused: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    compiled = torch.compile(lambda x, y: ema_update(x, y, momentum=0.5), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda x, y: ema_update([x], [y], momentum=0.5), backend="aot_eager", fullgraph=True)
     ema = torch.ones(2)
     compiled(ema, torch.zeros(2))
     with use_backend("triton"):
@@ -131,7 +134,8 @@ def test_operators_run_without_importing_triton() -> None:
     code = (
         "import sys, torch; sys.modules['triton'] = None\n"
         "from m3i_kernels.ema_update import ema_update; from m3i_kernels.patch_mix import patch_mix\n"
-        "x = torch.ones(3); ema_update(x, x * 0, momentum=0.5); assert x.tolist() == [0.5] * 3"
+        "import m3i_kernels.dcnv3\n"
+        "x = torch.ones(3); ema_update([x], [x * 0], momentum=0.5); assert x.tolist() == [0.5] * 3"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -279,6 +279,7 @@ def test_non_contiguous_tensors_reach_the_fused_kernel_as_copies_and_come_back()
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        ({"ema": torch.zeros(4)}, r"ema must be a list of tensors, got one tensor of shape \(4,\)"),
         ({"source": []}, "source must have the 1 tensors of ema, got 0"),
         ({"out": [torch.zeros(4), torch.zeros(4)]}, "out must have the 1 tensors of ema, got 2"),
         ({"skip": torch.zeros(2, dtype=torch.bool)}, "skip must be one bool on the device of ema, got 2"),

@@ -5,12 +5,15 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench.py"
 
 
 @pytest.fixture
-def bench():
+def bench(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # whose times mean nothing
+    monkeypatch.syspath_prepend(str(BENCH.parent))  # as for a script
     spec = importlib.util.spec_from_file_location("kernels_bench", BENCH)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -26,7 +29,7 @@ def test_appends_one_row_a_measurement(bench, tmp_path: Path, capsys: pytest.Cap
     second = (tmp_path / "ema_update.csv").read_text()
     assert second.startswith(first) and second.count("date,commit,device") == 1
     rows = list(csv.DictReader(second.splitlines()))
-    assert len(rows) == 4 and {row["dtype"] for row in rows} == {"bfloat16", "float32"}
+    assert len(rows) == 8 and {row["dtype"] for row in rows} == {"bfloat16", "float32"}
     for row in rows:
         assert tuple(row) == bench.COLUMNS
         assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
@@ -34,10 +37,31 @@ def test_appends_one_row_a_measurement(bench, tmp_path: Path, capsys: pytest.Cap
         assert float(row["gb_per_s"]) == pytest.approx(
             2**20 * bytes_per_parameter / float(row["p50_ms"]) / 1e6, rel=0.05
         )
-        assert (row["op"], row["provider"], row["pass"], row["peak_mib"]) == ("ema_update", "reference", "forward", "")
-    assert capsys.readouterr().out.count("ema_update") == 4
+        assert (row["op"], row["pass"], row["peak_mib"]) == ("ema_update", "forward", "")
+        assert row["provider"] in ("reference", "torch foreach")
+    assert capsys.readouterr().out.count("ema_update") == 8
+    copies = list(csv.DictReader((tmp_path / "device_copy.csv").read_text().splitlines()))
+    assert float(copies[0]["gb_per_s"]) == pytest.approx(2**24 * 4 / float(copies[0]["p50_ms"]) / 1e6, rel=0.05)
+
+
+@pytest.mark.parametrize("op", ["dcnv3", "ema_update", "patch_mix"])
+def test_every_provider_computes_the_same(bench, op: str) -> None:
+    """What is timed side by side must be the same work."""
+    build, shapes = bench.OPS[op]
+    shape = (2, 5, 4, 2, 8) if op == "dcnv3" else shapes[0] if op == "ema_update" else (4, 8, 8, 2)
+    results: dict[str, dict[str, list[torch.Tensor]]] = {}
+    for case in build(shape, torch.float32, torch.device("cpu")):
+        found = case.call()
+        if op != "ema_update":  # which works in place
+            results.setdefault(case.pass_, {})[case.provider] = list(found if isinstance(found, tuple) else [found])
+    for by_provider in results.values():
+        first, *others = by_provider.values()
+        for other in others:
+            for a, b in zip(other, first, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert set(results) == {"dcnv3": {"forward", "backward", "both"}, "patch_mix": {"forward"}}.get(op, set())
 
 
 def test_every_operator_has_cases(bench) -> None:
     package = BENCH.parent / "m3i_kernels"
-    assert set(bench.OPS) == {path.parent.name for path in package.glob("*/op.py")}
+    assert set(bench.OPS) - {"device_copy"} == {path.parent.name for path in package.glob("*/op.py")}

@@ -2,7 +2,7 @@
 
 A program computes BLOCK_Q output pixels of one group: their offsets and logits are read once and serve all D channels,
 which are read and written in vectors of 16 bytes. Softmax, bilinear weights and the centre blend stay in registers.
-Image sizes and batch are run-time numbers: a new size compiles nothing.
+Image sizes, groups and batch are run-time numbers.
 
 Legend: Q pixels of a program, D channels of a chunk, G groups, K points; x, y in pixels of the value.
 """
@@ -26,6 +26,8 @@ VECTOR_BYTES = 16
 INT32_LIMIT = 2**31  # elements of an image from which its offsets in memory need 64 bits
 # The sum of all contributions to one element, at most 2 ** 62, stays clear of a signed 64-bit integer's end.
 FIXED_POINT_BITS = 62
+# Any image size and number of groups runs the same code: all levels of a network share two compilations.
+RUN_TIME = ["H", "W", "Wo", "num_pixels", "first_center", "G"]
 
 
 @triton.jit
@@ -81,7 +83,7 @@ def _corner(x_low, y_low, RIGHT: tl.constexpr, BELOW: tl.constexpr, inside, H, W
 
 
 @triton.jit
-def _pixels(num_pixels, Wo, first_center, G: tl.constexpr, STRIDE: tl.constexpr, BLOCK_Q: tl.constexpr):
+def _pixels(num_pixels, Wo, first_center, G, STRIDE: tl.constexpr, BLOCK_Q: tl.constexpr):
     """Image, group, output pixels (Q,) of this program, which of them exist, and the middles of their grids."""
     program = tl.program_id(0)
     group = program % G  # neighbours share the lines of memory that hold their offsets
@@ -93,15 +95,15 @@ def _pixels(num_pixels, Wo, first_center, G: tl.constexpr, STRIDE: tl.constexpr,
     return (block // blocks_per_image).to(tl.int64), group, pixel, pixel < num_pixels, x_middle, y_middle
 
 
-@triton.jit(do_not_specialize=["H", "W", "Wo", "num_pixels", "first_center"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def _forward(
     value, offset, logit, center, out,
-    H, W, Wo, num_pixels, first_center, scale,
-    G: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    H, W, Wo, num_pixels, first_center, G, scale,
+    D: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     REMOVE_CENTER: tl.constexpr, HAS_CENTER: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = G * D
+    C = G * D
     K: tl.constexpr = SIZE * SIZE - REMOVE_CENTER
     image, group, pixel, inside, x_middle, y_middle = _pixels(num_pixels, Wo, first_center, G, STRIDE, BLOCK_Q)
     value += image * H * W * C
@@ -141,16 +143,16 @@ def _forward(
         tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["H", "W", "Wo", "num_pixels", "first_center"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def _backward(
     grad, value, offset, logit, center, unit,
     grad_value, grad_offset, grad_logit, grad_center,
-    H, W, Wo, num_pixels, first_center, scale,
-    G: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+    H, W, Wo, num_pixels, first_center, G, scale,
+    D: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
     REMOVE_CENTER: tl.constexpr, HAS_CENTER: tl.constexpr, WIDE: tl.constexpr, FIXED_POINT: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    C: tl.constexpr = G * D
+    C = G * D
     K: tl.constexpr = SIZE * SIZE - REMOVE_CENTER
     image, group, pixel, inside, x_middle, y_middle = _pixels(num_pixels, Wo, first_center, G, STRIDE, BLOCK_Q)
     value += image * H * W * C
@@ -239,7 +241,7 @@ def _tuned(kernel: Any, *, accumulated: list[str]) -> Any:
     configs = [triton.Config({"BLOCK_Q": 2**p}, num_warps=warps) for warps in WARPS for p in range(9)]
     if os.environ.get("TRITON_INTERPRET") == "1":  # nothing to measure, and no device to measure on
         return triton.autotune([triton.Config({"BLOCK_Q": 16})], key=[])(kernel)
-    key = ["G", "D", "SIZE", "STRIDE", "DILATION", "REMOVE_CENTER", "HAS_CENTER", "WIDE"]
+    key = ["D", "SIZE", "STRIDE", "DILATION", "REMOVE_CENTER", "HAS_CENTER", "WIDE"]
     return triton.autotune(
         configs, key=key, reset_to_zero=accumulated, prune_configs_by={"early_config_prune": _one_vector_per_thread}
     )(kernel)
@@ -311,18 +313,14 @@ def _grid(value: Tensor, offset: Tensor, geometry: Geometry) -> Callable[[dict[s
 def _settings(value: Tensor, offset: Tensor, center: Tensor | None, geometry: Geometry) -> dict[str, Any]:
     _, H, W, C = value.shape
     _, Ho, Wo, per_pixel = offset.shape
-    run_time = {"H": H, "W": W, "Wo": Wo, "num_pixels": Ho * Wo, "first_center": geometry.first_center}
+    run_time = dict(zip(RUN_TIME, (H, W, Wo, Ho * Wo, geometry.first_center, geometry.groups), strict=True))
     wide = max(H * W * C, Ho * Wo * max(C, per_pixel)) >= INT32_LIMIT
-    return (
-        run_time
-        | {"scale": geometry.offset_scale}
-        | _constants(C // geometry.groups, geometry, center is not None, wide)
-    )
+    constants = _constants(C // geometry.groups, geometry, center is not None, wide)
+    return run_time | {"scale": geometry.offset_scale} | constants
 
 
 def _constants(width: int, geometry: Geometry, has_center: bool, wide: bool) -> dict[str, Any]:
     return {
-        "G": geometry.groups,
         "D": width,
         "SIZE": geometry.kernel_size,
         "STRIDE": geometry.stride,
@@ -342,7 +340,7 @@ def variants() -> Iterator[Variant]:
         constants["BLOCK_Q"] = 4 * 32 * (VECTOR_BYTES // 2) // width
         tensors = dict.fromkeys(("value", "offset", "logit", "center", "out", "grad"), f"*{dtype}")
         tensors |= {f"grad_{x}": f"*{dtype}" for x in ("offset", "logit", "center")}
-        numbers = dict.fromkeys(("H", "W", "Wo", "num_pixels", "first_center"), "i32") | {"scale": "fp32"}
+        numbers = dict.fromkeys(RUN_TIME, "i32") | {"scale": "fp32"}
         for name in passes:
             if name == "forward":
                 yield Variant(f"forward_{dtype}_D{width}", _forward, tensors | numbers, constants)

@@ -34,6 +34,9 @@ def ema_update(
     Raises:
         ValueError: a shape, dtype, device, number of tensors or the momentum is not as above.
     """
+    for name, given in (("ema", ema), ("source", source), ("out", out)):
+        if isinstance(given, Tensor):
+            raise ValueError(f"{name} must be a list of tensors, got one tensor of shape {tuple(given.shape)}")
     outs = [] if out is None else list(out)
     _check(list(ema), list(source), None if out is None else outs, skip)
     if not 0 <= momentum <= 1:
