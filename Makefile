@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo study test lint bench clean
+.PHONY: demo study test lint bench gpu-check clean
 
 $(STAMP): setup.py requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ study: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python kernels/bench.py
 	$(BIN)/m3i bench step
+
+## On a machine with an NVIDIA GPU, torch and Triton (nothing is installed): are the kernels right and fast there?
+gpu-check:
+	$(PYTHON) kernels/gpu_check.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -15,6 +15,7 @@ from m3i_kernels.patch_mix.reference import patch_mix as patch_mix_reference
 from torch import Tensor
 
 Shape = tuple[int, ...]
+Call = Callable[[], object]
 COPY_BYTES = 2**30
 EMA_TENSORS = 64
 
@@ -28,12 +29,18 @@ class Case(NamedTuple):
     num_bytes: int
 
 
-def ours(op: str, device: torch.device, call: Callable[[], Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(provider, call) of the reference and of the fused kernel, where it runs on `device`."""
+def backends(op: str, device: torch.device) -> Iterator[tuple[str, Callable[[Call], Call]]]:
+    """(provider, what makes a call run by it) of the reference and of the fused kernel, where it runs on `device`.
 
-    def with_backend(name: str) -> Any:
-        with use_backend(name):
-            return call()
+    The whole timed call: a backward pass asks for its implementation when it runs.
+    """
+
+    def by(name: str, call: Call) -> Call:
+        def within() -> object:
+            with use_backend(name):
+                return call()
+
+        return within
 
     for provider in ("reference", "triton"):
         with use_backend(provider):
@@ -41,7 +48,7 @@ def ours(op: str, device: torch.device, call: Callable[[], Any]) -> Iterator[tup
                 resolve(op, device)
             except ValueError:  # no Triton, or not for this device
                 continue
-        yield provider, functools.partial(with_backend, provider)
+        yield provider, functools.partial(by, provider)
 
 
 def compiled(call: Callable[..., Any], device: torch.device) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -73,8 +80,8 @@ def patch_mix_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> I
     }
     # Of the other view only what shows is needed: half of it here.
     num_bytes = N * H * W * (3 + 3 / 2 + 6 * dtype.itemsize)
-    for provider, call in ours("patch_mix", device, functools.partial(patch_mix, target, other, **given)):
-        yield Case(provider, "forward", call, int(num_bytes))
+    for provider, by in backends("patch_mix", device):
+        yield Case(provider, "forward", by(functools.partial(patch_mix, target, other, **given)), int(num_bytes))
     for provider, call in compiled(patch_mix_reference, device):
         yield Case(provider, "forward", functools.partial(call, target, other, **given), int(num_bytes))
 
@@ -84,8 +91,8 @@ def ema_update_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> 
     ema, source = ([x.clone() for x in torch.randn(shape, device=device).chunk(EMA_TENSORS)] for _ in range(2))
     out = [torch.empty_like(x, dtype=dtype) for x in ema]
     num_bytes = sum(x.numel() for x in ema) * (12 + dtype.itemsize)
-    for provider, call in ours("ema_update", device, lambda: ema_update(ema, source, momentum=0.999, out=out)):
-        yield Case(provider, "forward", call, num_bytes)
+    for provider, by in backends("ema_update", device):
+        yield Case(provider, "forward", by(lambda: ema_update(ema, source, momentum=0.999, out=out)), num_bytes)
 
     def foreach() -> None:
         torch._foreach_lerp_(ema, source, 0.001)
@@ -104,13 +111,16 @@ def dcnv3_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Itera
     num_bytes = {"forward": inputs + grad.nbytes, "backward": 2 * inputs + grad.nbytes}
     num_bytes["both"] = num_bytes["forward"] + num_bytes["backward"]
     operator = functools.partial(dcnv3, *given.values(), groups=G)
-    peers = [*ours("dcnv3", device, operator), ("grid_sample", lambda: _grid_sample(**given, groups=G))]
-    for provider, call in [*peers, *compiled(lambda: _grid_sample(**given, groups=G), device)]:
-        for name, timed in _passes(call, list(given.values()), grad).items():
-            yield Case(provider, name, timed, num_bytes[name])
+    for provider, by in backends("dcnv3", device):
+        for name, call in _passes(operator, list(given.values()), grad).items():
+            yield Case(provider, name, by(call), num_bytes[name])
+    unfused = functools.partial(_grid_sample, **given, groups=G)
+    for provider, peer in [("grid_sample", unfused), *compiled(unfused, device)]:
+        for name, call in _passes(peer, list(given.values()), grad).items():
+            yield Case(provider, name, call, num_bytes[name])
 
 
-def _passes(call: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor) -> dict[str, Callable[[], object]]:
+def _passes(call: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor) -> dict[str, Call]:
     """Forward alone, backward of a graph that is kept, and both."""
 
     @torch.no_grad()

@@ -2,10 +2,15 @@
 
 import csv
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# Before a test changes the environment: Triton's own functions are made for its interpreter, or not, on import.
+pytest.importorskip("m3i_kernels.dcnv3.fused")
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench.py"
 
@@ -65,3 +70,30 @@ def test_every_provider_computes_the_same(bench, op: str) -> None:
 def test_every_operator_has_cases(bench) -> None:
     package = BENCH.parent / "m3i_kernels"
     assert set(bench.OPS) - {"device_copy"} == {path.parent.name for path in package.glob("*/op.py")}
+
+
+def test_a_backward_pass_is_timed_on_the_implementation_it_is_named_after(
+    bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    ran: list[str] = []
+    for name in ("reference", "fused"):
+        module = importlib.import_module(f"m3i_kernels.dcnv3.{name}")
+        real = module.dcnv3_backward
+        monkeypatch.setattr(module, "dcnv3_backward", lambda *x, n=name, f=real: ran.append(n) or f(*x))
+    build, _ = bench.OPS["dcnv3"]
+    for case in build((1, 3, 2, 1, 8), torch.float32, torch.device("cpu")):
+        ran.clear()
+        case.call()
+        expected = {"reference": ["reference"], "triton": ["fused"]}.get(case.provider, [])
+        assert ran == (expected if case.pass_ != "forward" else []), case
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to check")
+def test_the_gpu_check_without_a_gpu_is_one_line() -> None:
+    command = [sys.executable, str(BENCH.with_name("gpu_check.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "gpu-check: no CUDA device is visible to torch; needed: one NVIDIA GPU of capability 8.0 or more\n"
+    )
