@@ -168,6 +168,28 @@ def test_two_ranks_and_accumulation_train_the_same_losses(tiny: Path, data: Path
     assert seen(tmp_path / "w1") == seen(tmp_path / "w2")
 
 
+@pytest.mark.slow
+def test_an_internimage_trains_the_same_losses_sharded_recomputed_and_resumed(data: Path, tmp_path: Path) -> None:
+    values = recipe(data, steps=3, checkpoint_every=2, picture_every=0)
+    arch = {"image_size": 32, "channels": 8, "depths": [1, 1, 2, 1], "groups": [1, 2, 4, 8], "bridge_width": 32}
+    norms = {"res_post_norm": True, "level2_post_norm": [1], "center_feature_scale": True, "dw_kernel_size": 5}
+    values["backbone"] = {"name": "internimage", "arch": arch | norms}
+    values["objective"]["input"]["patch"] = 16
+    for name, ranks, recompute in (("one", 1, False), ("two", 2, True)):
+        values["train"]["activation_checkpointing"] = recompute
+        path = write_recipe(tmp_path / f"{name}.yaml", values)
+        result = pretrain("--recipe", path, "--out", tmp_path / name, ranks=ranks)
+        assert result.returncode == 0, result.stdout + result.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one[0] == pytest.approx(two[0], rel=1e-5)
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-3)
+    middle = tmp_path / "one" / "checkpoints" / "step_00000002"
+    again = tmp_path / "again"
+    assert pretrain("--recipe", tmp_path / "one.yaml", "--out", again, "--resume", middle).returncode == 0
+    assert losses(again)[-1] == one[-1]
+
+
 def seen(run: Path) -> dict[int, list]:
     """Samples of every step, whatever rank read them."""
     steps: dict[int, list] = {}

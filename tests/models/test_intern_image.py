@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run_ranks
 from torch import Tensor
 
 from m3i_large.errors import UserError
 from m3i_large.models import create_model
+from m3i_large.parallel.comm import Rank
 from m3i_large.parallel.remat import rematerialize
 
 # Tensors and parameters with 1,000 classes, as the official classes have them.
@@ -225,6 +227,33 @@ def test_compiles_without_a_graph_break(variant: str) -> None:
     model, image = nano(variant), torch.randn(1, 3, 64, 64)
     compiled = torch.compile(model.tokens, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(image), model.tokens(image), rtol=1e-4, atol=1e-5)
+
+
+def built_in_partitions(rank: Rank) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of every parameter of a model whose parts are partitioned as soon as they exist."""
+    import deepspeed
+
+    torch.manual_seed(0)
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2, "zero_optimization": {"stage": 3}}):
+        model = nano("h", drawn=False)
+    found = {}
+    for key, parameter in model.named_parameters():
+        assert parameter.ds_tensor.numel() < parameter.ds_numel or parameter.ds_numel == 1, key
+        with deepspeed.zero.GatheredParameters([parameter]):
+            found[key] = (parameter.mean().item(), parameter.std(unbiased=False).item())
+    return found
+
+
+@pytest.mark.slow
+def test_initialisation_survives_being_partitioned_at_birth() -> None:
+    usual = {k: (x.mean().item(), x.std(unbiased=False).item()) for k, x in nano("h", drawn=False).named_parameters()}
+    for found in run_ranks(2, built_in_partitions):
+        assert found.keys() == usual.keys()
+        for key, (mean, std) in found.items():
+            if usual[key][1] == 0:  # constant: zeros and ones
+                assert (mean, std) == usual[key], key
+            else:
+                assert std == pytest.approx(usual[key][1], rel=0.5) and abs(mean) < 2 * std, key
 
 
 def test_drop_path_rises_to_the_last_block_and_is_off_in_evaluation() -> None:
