@@ -16,8 +16,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 CAPABILITIES = (80, 90, 100)  # A100, H100 and H200, B200
@@ -27,7 +28,8 @@ class Variant(NamedTuple):
     """One kernel with the types and constants of one use.
 
     `signature` maps run-time arguments to Triton's type names (`*bf16`, `i32`, ...) and may name more than the kernel
-    has; pointers are taken to be multiples of 16 bytes, as torch allocates them.
+    has; pointers are taken to be multiples of 16 bytes, as torch allocates them. `options` are those of the launch
+    (`enable_fp_fusion`, `num_stages`, ...). `wide_loads`: so many 16-byte loads the code claims; a test counts them.
     """
 
     name: str
@@ -35,11 +37,14 @@ class Variant(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     num_warps: int = 4
+    options: Mapping[str, Any] = MappingProxyType({})
+    wide_loads: int = 0
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel needs: per thread registers and bytes of spills, bytes of shared memory of a program, and
-    how often each kind of access to global memory occurs in its PTX."""
+    """What a compiled kernel needs: registers and bytes of spills of a thread, bytes of shared memory of a program
+    (asked for at the launch: the binary does not know), and how often each kind of access to global memory occurs.
+    """
 
     registers: int
     spill_bytes: int
@@ -72,14 +77,15 @@ def compile_variant(variant: Variant, capability: int) -> Resources:
     divisible = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n].startswith("*")}
     source = ASTSource(fn=variant.kernel, signature=types, constexprs=constants, attrs=divisible)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": variant.num_warps})
+    options = {"num_warps": variant.num_warps, **variant.options}
+    compiled = triton.compile(source, target=target, options=options)
     found = _resource_usage(compiled.asm["cubin"])
     accesses = collections.Counter(re.findall(r"\b((?:ld|st|atom|red)\.global[\w.:]*)", compiled.asm["ptx"]))
-    return Resources(found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"], dict(accesses))
+    return Resources(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared, dict(accesses))
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL as cuobjdump, which comes with Triton, reads them."""
+    """REG, STACK, LOCAL, ... as cuobjdump, which comes with Triton, reads them."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -104,7 +110,8 @@ def main() -> None:
             continue
         for capability in options.capability or CAPABILITIES:
             found = compile_variant(variant, capability)
-            rows.append({"op": op, "variant": variant.name, "capability": capability} | found._asdict())
+            case = {"op": op, "variant": variant.name, "capability": capability, "wide_loads": variant.wide_loads}
+            rows.append(case | found._asdict())
             if not options.json:
                 shown = " ".join(f"{kind} x{count}" for kind, count in sorted(found.accesses.items()))
                 numbers = f"registers {found.registers:3}  spills {found.spill_bytes} B  shared {found.shared_bytes} B"

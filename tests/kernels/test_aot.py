@@ -29,6 +29,28 @@ def test_every_operator_compiles_for_every_capability_without_a_spill(compiled: 
 
 
 @pytest.mark.slow
+def test_loads_are_as_wide_as_claimed(compiled: list[dict]) -> None:
+    assert {row["op"] for row in compiled if row["wide_loads"]} >= {"ema_update"}
+    for row in compiled:
+        wide = sum(
+            n for kind, n in row["accesses"].items() if kind.startswith(("ld.global.v4.b32", "ld.global.v2.b64"))
+        )
+        assert wide >= row["wide_loads"], row
+
+
+@pytest.mark.slow
+def test_ema_update_and_patch_mix_move_vectors_and_keep_values_in_their_threads(compiled: list[dict]) -> None:
+    for row in (row for row in compiled if row["op"] in ("ema_update", "patch_mix")):
+        kinds, width = row["accesses"], "v2" if row["variant"].endswith("16") else "v4"
+        assert row["shared_bytes"] == 0 and row["registers"] <= 96, row
+        if row["variant"].startswith("words"):  # four pixels a thread: three words, and one store in each plane
+            assert kinds[f"st.global.{width}.b32"] == 12 and not any(k.startswith("st.global.b") for k in kinds), row
+            assert kinds["ld.global.b8"] <= 4, row
+        if row["op"] == "ema_update":
+            assert kinds["ld.global.v4.b32"] == 8 and kinds["st.global.v4.b32"] >= 4, row
+
+
+@pytest.mark.slow
 def test_dcnv3_reads_values_and_adds_gradients_in_vectors(compiled: list[dict]) -> None:
     for row in (row for row in compiled if row["op"] == "dcnv3" and row["variant"].startswith(("forward", "backward"))):
         wide = sum(count for kind, count in row["accesses"].items() if kind.startswith("ld.global.v4"))

@@ -90,14 +90,33 @@ def test_matches_the_loop_on_odd_shapes(shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_rounds_only_the_result(dtype: torch.dtype, backend: str) -> None:
+def test_rounds_only_the_result(dtype: torch.dtype) -> None:
     given = arguments(4, 6, 10, P=2, dtype=dtype)
     assert_matches(given)
-    # Triton's interpreter cuts to bf16 instead of rounding; a GPU rounds.
-    if backend == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16:
-        return
     for result, exact in zip(call(patch_mix, given), call(patch_mix, given | {"dtype": torch.float32}), strict=True):
         assert torch.equal(result, exact.to(dtype))
+
+
+@pytest.mark.parametrize("size", [(2, 8, 2), (16, 48, 4), (12, 24, 1), (33, 36, 3)], ids=str)
+def test_cells_of_whole_words(size: tuple[int, int, int]) -> None:
+    """Cells a multiple of four pixels wide, which the fused kernel reads as words; more pixels than a block has."""
+    H, W, P = size
+    for seed in range(2):
+        assert_matches(arguments(3, H, W, P=P, seed=seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_implementations_and_ways_to_read_agree(dtype: torch.dtype) -> None:
+    """Words, bytes (a view that begins at an odd address) and the reference, over every byte and threshold."""
+    given = arguments(4, 32, 48, P=4, dtype=dtype)
+    given["solarize_NV"] = torch.tensor([[0.2, 0.4], [0.6, 0.8], [1.0, 1.0], [2.0, 0.0]])
+    given["colour_NV34"] = torch.eye(3, 4).expand(4, 2, 3, 4).contiguous()  # thresholds are met exactly
+    with use_backend("reference"):
+        expected = call(patch_mix, given)
+    shifted = {k: dict(noncontiguous(given[k].to(DEVICE)))["odd storage offset"] for k in ("target_NHWC", "other_NHWC")}
+    for views in ({}, shifted):
+        for result, want in zip(call(patch_mix, given | views), expected, strict=True):
+            assert_close(result, want)
 
 
 @pytest.mark.parametrize("flips", [(False, False), (False, True), (True, False), (True, True)])
@@ -147,6 +166,20 @@ def test_solarize_threshold_belongs_to_the_inverted_side_and_above_one_is_off() 
         assert_close(target[0, 0, 0], torch.tensor(expected, dtype=torch.float64))
 
 
+def test_bytes_meet_the_threshold_that_is_their_own_value() -> None:
+    """To the last bit: a product with 1 / 255 in place of the quotient is another number for half of the bytes."""
+    byte = torch.arange(256, dtype=torch.uint8)[1::7]
+    N = len(byte)
+    assert bool((byte.float() * (1 / 255) != byte.float() / 255).any())
+    image = byte[:, None, None, None].expand(N, 1, 4, 3)
+    given = arguments(N, 1, 4) | {"target_NHWC": image, "other_NHWC": image, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    given |= {"colour_NV34": torch.eye(3, 4).expand(N, 2, 3, 4), "flip_NV": torch.zeros(N, 2, dtype=torch.bool)}
+    level = byte.float() / 255
+    for threshold, expected in ((level, 1 - level), (torch.nextafter(level, torch.tensor(2.0)), level)):
+        _, target = call(patch_mix, given | {"solarize_NV": threshold[:, None].repeat(1, 2)})
+        assert torch.equal(target, expected[:, None, None, None].expand(N, 3, 1, 4))
+
+
 @pytest.mark.parametrize("name", ["target_NHWC", "other_NHWC", *DRAWN])
 def test_layout_of_inputs_does_not_matter(name: str) -> None:
     given = arguments(3, 4, 6, P=2)
@@ -167,7 +200,7 @@ def test_comparison_notices_a_wrong_twin(wrong: str) -> None:
         "mean": {"mean": (0.4851, 0.456, 0.406)},
         "order": {"colour_NV34": given["colour_NV34"].flip(2)},
     }[wrong]
-    perturbed = call(implementation("patch_mix", "cpu"), given | changed)
+    perturbed = call(implementation("patch_mix", DEVICE), given | changed)
     with pytest.raises(AssertionError):
         for result, expected in zip(perturbed, longhand(given), strict=True):
             assert_close(result, expected)

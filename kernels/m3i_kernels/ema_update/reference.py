@@ -12,10 +12,10 @@ def ema_update(
     """ema += (1 - momentum) * (source - ema), elementwise in fp32; `out` gets the result, rounded to nearest even."""
     nothing: list[Tensor | None] = [None] * len(ema)
     for e, s, o in zip(ema, source, out or nothing, strict=True):
-        # lerp, unlike momentum * ema + (1 - momentum) * source, leaves ema == source exactly where it is, returns
-        # source exactly at momentum 0, and treats an element alike wherever a partition begins. At momentum 1 an
-        # infinite source would still reach the average.
-        moved = e if momentum == 1 else torch.lerp(e, s, 1 - momentum)
+        # lerp, unlike momentum * ema + (1 - momentum) * source, leaves ema == source exactly where it is and treats an
+        # element alike wherever a partition begins. At both ends it would still compute: an infinite source would reach
+        # the average at momentum 1, an infinite average would survive momentum 0, and -0 would become 0.
+        moved = {0.0: s, 1.0: e}[momentum] if momentum in (0, 1) else torch.lerp(e, s, 1 - momentum)
         for x in (e, o):
             if x is None or x is moved:
                 continue

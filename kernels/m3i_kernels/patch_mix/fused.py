@@ -1,6 +1,12 @@
-"""`patch_mix` as one Triton kernel: every byte is read once, where it is needed, and every output written once.
+"""`patch_mix` in one pass over memory: each needed byte of the views is read once, each result written once.
 
-Legend: as in op.py; Q pixels of a program, consecutive in the row-major order of the output.
+Views are interleaved bytes and results are planes, so no access pattern suits both. Where a mask cell is a multiple of
+four pixels wide (every usual size), a thread reads four pixels as three 32-bit words and writes four consecutive
+values of each plane; elsewhere it reads one pixel as three bytes. Image sizes are run-time numbers: one compilation
+serves all.
+
+Legend: N rows, H W pixels, C = 3 channels, V = 2 views (0 target, 1 other), P = mask cells a side; a unit is what a
+thread reads at once, STEP = 4 or 1 pixels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,64 +18,123 @@ from torch import Tensor
 
 from m3i_kernels.aot import Variant
 
-BLOCK_Q = 512
+BLOCKS = {4: 1024, 1: 512}  # STEP: pixels a program
+NUM_WARPS = 4
+OPTIONS = {"enable_fp_fusion": False}  # solarize turns a difference in the last bit into a visible one
+# byte / 255 without a division: this sum is the correctly rounded quotient for all 256 bytes, contracted or not.
+_BY_256 = tl.constexpr(1 / 256)
+_BY_65280 = tl.constexpr(1 / 65280)
+_SIZES = ["H", "row_units", "P", "cell_rows", "cell_units", "num_blocks"]
 
 
 @triton.jit
-def _view(image, row, col, W, here, flip, colour, solarize, mean_r, mean_g, mean_b, std_r, std_g, std_b):
-    """Red, green, blue (Q,) of one view at pixels of the output: flip, colour affine, clamp, solarize, normalise."""
-    pixel = image + (row * W + tl.where(flip, W - 1 - col, col)) * 3
-    red = tl.load(pixel, mask=here, other=0).to(tl.float32) / 255
-    green = tl.load(pixel + 1, mask=here, other=0).to(tl.float32) / 255
-    blue = tl.load(pixel + 2, mask=here, other=0).to(tl.float32) / 255
-    threshold = tl.load(solarize)
-    return (
-        (_channel(red, green, blue, colour, threshold) - mean_r) / std_r,
-        (_channel(red, green, blue, colour + 4, threshold) - mean_g) / std_g,
-        (_channel(red, green, blue, colour + 8, threshold) - mean_b) / std_b,
-    )
+def _four(first, second, third, fourth, flip):
+    """Four bytes of each thread in the order in which the result has them, as floats in [0, 1]."""
+    even = tl.interleave(tl.where(flip, fourth, first), tl.where(flip, second, third))
+    odd = tl.interleave(tl.where(flip, third, second), tl.where(flip, first, fourth))
+    return _unit_interval(tl.interleave(even, odd) & 255)
 
 
 @triton.jit
-def _channel(red, green, blue, colour, threshold):
+def _unit_interval(byte):
+    x = byte.to(tl.float32)
+    return x * _BY_256 + x * _BY_65280
+
+
+@triton.jit
+def _load(image, unit, flip, wanted, STEP: tl.constexpr):
+    """Red, green and blue of the wanted units; others are not read."""
+    if STEP == 4:
+        word = image.to(tl.pointer_type(tl.uint32), bitcast=True) + unit * 3
+        a = tl.load(word, mask=wanted, other=0)  # r g b r, from the lowest byte up
+        b = tl.load(word + 1, mask=wanted, other=0)  # g b r g
+        c = tl.load(word + 2, mask=wanted, other=0)  # b r g b
+        red = _four(a, a >> 24, b >> 16, c >> 8, flip)
+        green = _four(a >> 8, b, b >> 24, c >> 16, flip)
+        blue = _four(a >> 16, b >> 8, c, c >> 24, flip)
+    else:
+        byte = image + unit * 3
+        red = _unit_interval(tl.load(byte, mask=wanted, other=0))
+        green = _unit_interval(tl.load(byte + 1, mask=wanted, other=0))
+        blue = _unit_interval(tl.load(byte + 2, mask=wanted, other=0))
+    return red, green, blue
+
+
+@triton.jit
+def _channel(red, green, blue, colour, threshold, mean, inverse_std):
+    """One channel of a view: affine, clamp, solarize, normalise.
+
+    Up to solarize bit by bit as the reference: in its order, and the launch forbids contraction. After it, the product
+    with 1 / std may differ in the last bit.
+    """
     x = red * tl.load(colour) + green * tl.load(colour + 1) + blue * tl.load(colour + 2) + tl.load(colour + 3)
-    x = tl.minimum(tl.maximum(x, 0.0), 1.0)
-    return tl.where(x >= threshold, 1 - x, x)
+    x = tl.clamp(x, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.where(x >= threshold, 1 - x, x)
+    return (x - mean) * inverse_std
 
 
-@triton.jit
-def _store(image, pixel, num_pixels, here, red, green, blue):
-    tl.store(image + pixel, red.to(image.dtype.element_ty), mask=here)
-    tl.store(image + num_pixels + pixel, green.to(image.dtype.element_ty), mask=here)
-    tl.store(image + 2 * num_pixels + pixel, blue.to(image.dtype.element_ty), mask=here)
+@triton.jit(do_not_specialize=_SIZES)
+def _patch_mix_kernel(
+    target_NHWC,
+    other_NHWC,
+    colour_NV34,
+    solarize_NV,
+    flip_NV,
+    partner_N,
+    mask_NPP,
+    mixed_NCHW,
+    out_NCHW,
+    H,
+    row_units,
+    P,
+    cell_rows,
+    cell_units,
+    num_blocks,
+    mean_0,
+    mean_1,
+    mean_2,
+    inverse_std_0,
+    inverse_std_1,
+    inverse_std_2,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program makes BLOCK consecutive pixels of one row of both results."""
+    n = (tl.program_id(0) // num_blocks).to(tl.int64)  # only an image's base may lie beyond 32 bits
+    block = tl.program_id(0) % num_blocks
+    image_units = H * row_units
+    unit = block * (BLOCK // STEP) + tl.arange(0, BLOCK // STEP)
+    inside = unit < image_units
+    row = unit // row_units
+    column = unit - row * row_units
+    cell = (row // cell_rows) * P + column // cell_units
+    own = tl.load(mask_NPP + n * P * P + cell, mask=inside, other=1).to(tl.int1)
 
+    partner = tl.load(partner_N + n)
+    flip = tl.load(flip_NV + n * 2).to(tl.int1)
+    source = tl.where(flip, row * row_units + (row_units - 1 - column), unit)
+    image_bytes = image_units * (3 * STEP)
+    red, green, blue = _load(target_NHWC + n * image_bytes, source, flip, inside, STEP)
+    flip = tl.load(flip_NV + partner * 2 + 1).to(tl.int1)
+    source = tl.where(flip, row * row_units + (row_units - 1 - column), unit)
+    red_2, green_2, blue_2 = _load(other_NHWC + partner * image_bytes, source, flip, inside & ~own, STEP)
+    if STEP == 4:
+        own = tl.interleave(tl.interleave(own, own), tl.interleave(own, own))
 
-@triton.jit(do_not_specialize=["H", "W", "P"])
-def _patch_mix(
-    target, other, colour, solarize, flip, partner, mask, mixed, own,
-    H, W, P, mean_r, mean_g, mean_b, std_r, std_g, std_b,
-    BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    num_pixels = H * W
-    n = tl.program_id(1).to(tl.int64)
-    pixel = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    here = pixel < num_pixels
-    row, col = pixel // W, pixel % W
-    red, green, blue = _view(
-        target + n * num_pixels * 3, row, col, W, here, tl.load(flip + n * 2), colour + n * 24, solarize + n * 2,
-        mean_r, mean_g, mean_b, std_r, std_g, std_b,
-    )  # fmt: skip
-    _store(own + n * num_pixels * 3, pixel, num_pixels, here, red, green, blue)
-    cell = row // (H // P) * P + col // (W // P)
-    is_own = tl.load(mask + n * P * P + cell, mask=here, other=1) != 0
-    # A partner's view brings its own colour and flip along. Pixels that stay are not read.
-    j = tl.load(partner + n)
-    theirs_r, theirs_g, theirs_b = _view(
-        other + j * num_pixels * 3, row, col, W, here & ~is_own, tl.load(flip + j * 2 + 1), colour + j * 24 + 12,
-        solarize + j * 2 + 1, mean_r, mean_g, mean_b, std_r, std_g, std_b,
-    )  # fmt: skip
-    red, green = tl.where(is_own, red, theirs_r), tl.where(is_own, green, theirs_g)
-    _store(mixed + n * num_pixels * 3, pixel, num_pixels, here, red, green, tl.where(is_own, blue, theirs_b))
+    colour, colour_2 = colour_NV34 + n * 24, colour_NV34 + partner * 24 + 12
+    threshold, threshold_2 = tl.load(solarize_NV + n * 2), tl.load(solarize_NV + partner * 2 + 1)
+    plane = image_units * STEP
+    pixel = block * BLOCK + tl.arange(0, BLOCK)
+    mixed, out = mixed_NCHW + n * 3 * plane + pixel, out_NCHW + n * 3 * plane + pixel
+    inside = pixel < plane
+    dtype = out_NCHW.dtype.element_ty
+    for c in tl.static_range(3):
+        mean = mean_0 if c == 0 else (mean_1 if c == 1 else mean_2)
+        inverse_std = inverse_std_0 if c == 0 else (inverse_std_1 if c == 1 else inverse_std_2)
+        x = _channel(red, green, blue, colour + c * 4, threshold, mean, inverse_std)
+        y = _channel(red_2, green_2, blue_2, colour_2 + c * 4, threshold_2, mean, inverse_std)
+        tl.store(out + c * plane, x.to(dtype), mask=inside)
+        tl.store(mixed + c * plane, tl.where(own, x, y).to(dtype), mask=inside)
 
 
 def patch_mix(
@@ -85,24 +150,48 @@ def patch_mix(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results as in op.py."""
+    """Arguments and results as in op.py; inputs that are not contiguous are copied first."""
+    views = [x.contiguous() for x in (target_NHWC, other_NHWC)]
+    drawn = [x.contiguous() for x in (colour_NV34, solarize_NV, flip_NV, partner_N, mask_NPP)]
     N, H, W, C = target_NHWC.shape
-    mixed, own = (target_NHWC.new_empty((N, C, H, W), dtype=dtype) for _ in range(2))
-    if mixed.numel():
-        given = (target_NHWC, other_NHWC, colour_NV34, solarize_NV, flip_NV, partner_N, mask_NPP)
-        # No fused multiply-add: solarize turns a difference in the last bit into a visible one.
-        _patch_mix[(triton.cdiv(H * W, BLOCK_Q), N)](
-            *(x.contiguous() for x in given), mixed, own, H, W, mask_NPP.shape[-1], *mean, *std,
-            BLOCK_Q=BLOCK_Q, enable_fp_fusion=False,
-        )  # fmt: skip
-    return mixed, own
+    P = mask_NPP.shape[-1]
+    mixed_NCHW, out_NCHW = (target_NHWC.new_empty((N, C, H, W), dtype=dtype) for _ in range(2))
+    words = W // P % 4 == 0 and all(x.data_ptr() % 4 == 0 for x in views)
+    STEP = 4 if words else 1
+    num_blocks = triton.cdiv(H * W, BLOCKS[STEP])
+    if mixed_NCHW.numel() == 0:
+        return mixed_NCHW, out_NCHW
+    with torch.cuda.device_of(target_NHWC):
+        _patch_mix_kernel[(N * num_blocks,)](
+            *views,
+            *drawn,
+            mixed_NCHW,
+            out_NCHW,
+            H,
+            W // STEP,
+            P,
+            H // P,
+            W // P // STEP,
+            num_blocks,
+            *mean,
+            *(1 / value for value in std),
+            STEP=STEP,
+            BLOCK=BLOCKS[STEP],
+            num_warps=NUM_WARPS,
+            **OPTIONS,
+        )
+    return mixed_NCHW, out_NCHW
 
 
 def variants() -> Iterator[Variant]:
-    """What to compile ahead of time."""
-    for dtype in ("bf16", "fp32"):
-        tensors = {"target": "*u8", "other": "*u8", "colour": "*fp32", "solarize": "*fp32", "flip": "*i1"}
-        tensors |= {"partner": "*i64", "mask": "*i1", "mixed": f"*{dtype}", "own": f"*{dtype}"}
-        numbers = dict.fromkeys(("H", "W", "P"), "i32")
-        numbers |= {f"{kind}_{colour}": "fp32" for kind in ("mean", "std") for colour in "rgb"}
-        yield Variant(f"mix_{dtype}", _patch_mix, tensors | numbers, {"BLOCK_Q": BLOCK_Q})
+    """What to compile ahead of time: both ways to read, with results of 16 and of 32 bits."""
+    numbers = dict.fromkeys(_SIZES, "i32")
+    numbers |= {f"{kind}_{c}": "fp32" for kind in ("mean", "inverse_std") for c in range(3)}
+    tensors = {"target_NHWC": "*u8", "other_NHWC": "*u8", "colour_NV34": "*fp32", "solarize_NV": "*fp32"}
+    tensors |= {"flip_NV": "*i1", "partner_N": "*i64", "mask_NPP": "*i1"}
+    for STEP, BLOCK in BLOCKS.items():
+        for dtype in ("bf16", "fp32"):
+            results = {"mixed_NCHW": f"*{dtype}", "out_NCHW": f"*{dtype}"}
+            name = f"{'words' if STEP == 4 else 'bytes'}_{dtype}"
+            constants = {"STEP": STEP, "BLOCK": BLOCK}
+            yield Variant(name, _patch_mix_kernel, tensors | results | numbers, constants, NUM_WARPS, OPTIONS)

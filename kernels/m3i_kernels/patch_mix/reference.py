@@ -38,7 +38,8 @@ def patch_mix(
 
 def _view(x_NHWC: Tensor, colour_N34: Tensor, solarize_N: Tensor, flip_N: Tensor, normal_2C11: Tensor) -> Tensor:
     """One view's pixels: colour affine, clamp, solarize, normalise, flip."""
-    x_NCHW = x_NHWC.permute(0, 3, 1, 2).contiguous().float() / 255
+    x_NCHW = x_NHWC.permute(0, 3, 1, 2).contiguous().float()
+    x_NCHW = x_NCHW / x_NCHW.new_full((), 255)  # CUDA would turn a Python 255 into a product with 1 / 255
     red, green, blue = x_NCHW.split(1, dim=1)
     A_N4C11 = colour_N34.transpose(1, 2)[..., None, None]
     # Spelled out, in this order: a matmul may run in TF32, and solarize turns a last-bit difference into a visible one.
