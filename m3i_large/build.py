@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from m3i_large.errors import UserError
 from m3i_large.models import (
     AttentionPool,
     CategoryHead,
@@ -37,6 +38,10 @@ def build_objective(
     torch.manual_seed(recipe.train.seed)
     arch = recipe.backbone.arch | ({"mask_token": True} if needs.input.fill == "token" else {})
     student: Any = create_model(recipe.backbone.name, bridge=True, **arch)
+    if student.image_size != recipe.data.image_size:
+        raise UserError(
+            f"data.image_size: got {recipe.data.image_size}; needed: backbone.arch.image_size {student.image_size}"
+        )
     target = _frozen(student) if copies else None
     text = TextTower(recipe.text) if needs.has("text") else None
     decoder = _decoder(recipe, student) if needs.dense else None

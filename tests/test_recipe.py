@@ -121,3 +121,18 @@ def test_only_the_towers_that_the_terms_need_are_built(tmp_path: Path) -> None:
     values["objective"]["terms"] = [{"name": "text"}]
     names = {n.split(".")[0] for n in parameters(validate(values))}
     assert names == {"student", "text", "pool", "text_head"}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("table2_d", ["backbone.name=internimage_t"], "mask random leaves patches out, .* needed: none or mix"),
+        ("demo_internimage", ["backbone.arch.drop_path=0.1"], "drop_path is for fine-tuning"),
+        ("demo_internimage", ["objective.input.patch=8"], "patch: got 8; needed: a multiple of the token stride 16"),
+        ("demo_internimage", ["data.image_size=96"], "data.image_size: got 96; needed: .*image_size 64"),
+    ],
+)
+def test_what_a_backbone_cannot_do_is_one_clear_line(name: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        build_objective(load_recipe(name, overrides))
+    assert "\n" not in str(caught.value)

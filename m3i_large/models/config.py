@@ -50,7 +50,10 @@ class InternImageConfig(ModelConfig):
     center_feature_scale: bool = False
     head: Literal["conv", "pool"] = Field("conv", description="which official classifier num_classes adds")
     remove_center: bool = Field(False, description="8 points, without the middle one")
-    bridge_width: PositiveInt | None = Field(None, description="of the tokens; null: that of stage 3, at most 1024")
+    bridge_width: PositiveInt | None = Field(
+        None,
+        description="of the tokens; null: 1024 from 320 channels on (official: H and G), else 768",
+    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="of the last block, falling to 0 at the first; fine-tuning")
     image_size: PositiveInt = Field(224, multiple_of=32)
 

@@ -16,7 +16,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from m3i_large.models.config import InternImageConfig, PoolConfig, check_divides
-from m3i_large.models.pool import AttentionPool
+from m3i_large.models.pool import MeanQueryAttention
 
 EPS = 1e-6
 BRIDGE_HEADS, HEAD_WIDTH = 16, 768  # of the official classifier of H and G
@@ -223,7 +223,7 @@ class InternImage(nn.Module):
         super().__init__()
         channels, depths = config.channels, config.depths
         self.image_size, self.grid = config.image_size, config.image_size // self.token_stride
-        self.width = config.bridge_width or min(1024, 4 * channels)
+        self.width = config.bridge_width or (1024 if channels >= 320 else 768)
         self.num_classes, self.has_pool_head = num_classes, config.head == "pool"
         rates = torch.linspace(0, config.drop_path, sum(depths), device="cpu").tolist()
         self.patch_embed = _Stem(channels)
@@ -240,8 +240,9 @@ class InternImage(nn.Module):
             self.dcnv3_head_x4 = nn.Sequential(conv, nn.PixelShuffle(2))
             self.dcnv3_head_x3 = nn.Conv2d(4 * channels, self.width, 1)
         if num_classes and self.has_pool_head:
-            pool = AttentionPool(self.width, PoolConfig(heads=BRIDGE_HEADS, width=HEAD_WIDTH))
-            self.clip_projector, self.fc_norm = pool.clip_projector, pool.fc_norm
+            check_divides("the backbone's width", self.width, by=BRIDGE_HEADS, field="heads of the classifier's pool")
+            pool = PoolConfig(heads=BRIDGE_HEADS, width=HEAD_WIDTH)
+            self.clip_projector, self.fc_norm = MeanQueryAttention(self.width, pool, linear=_Linear), _norm(HEAD_WIDTH)
         if num_classes:
             self.head = _Linear(HEAD_WIDTH if self.has_pool_head else wide, num_classes)
 

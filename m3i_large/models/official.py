@@ -23,7 +23,7 @@ HUGGING_FACE = {"layer_scale1": "gamma1", "layer_scale2": "gamma2"}
 MIDDLE, POINTS = 4, 9
 
 
-def load_official(model: nn.Module, source: Path | Mapping[str, Any]) -> list[str]:
+def load_official(model: nn.Module, source: str | Path | Mapping[str, Any]) -> list[str]:
     """Loads an official checkpoint into an InternImage from `create_model`; every tensor of the model gets a value.
 
     Args:
@@ -37,7 +37,7 @@ def load_official(model: nn.Module, source: Path | Mapping[str, Any]) -> list[st
         UserError: no such file, a pickle with anything but tensors and plain values, a missing, unexpected or
             mis-shaped tensor (the first of each is named).
     """
-    found = _unwrap(read_tensors(source) if isinstance(source, Path) else source)
+    found = _unwrap(source if isinstance(source, Mapping) else read_tensors(Path(source)))
     wanted = model.state_dict()
     found = {key: _without_middle(key, tensor, wanted.get(key)) for key, tensor in found.items()}
     extra = sorted(found.keys() - wanted.keys())

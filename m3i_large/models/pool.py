@@ -17,7 +17,7 @@ class AttentionPool(nn.Module):
         super().__init__()
         check_divides("the backbone's width", width, by=config.heads, field="pool.heads")
         self.width = config.width
-        self.clip_projector = _MeanQueryAttention(width, config)
+        self.clip_projector = MeanQueryAttention(width, config)
         self.fc_norm = _norm(config.width)
         init_linears(self)
 
@@ -26,15 +26,18 @@ class AttentionPool(nn.Module):
         return self.fc_norm(self.clip_projector(token_BLD))
 
 
-class _MeanQueryAttention(nn.Module):
-    """The mean token as query, with a LayerNorm each for query, key and value: (B, L, D) -> (B, E)."""
+class MeanQueryAttention(nn.Module):
+    """The mean token as query, with a LayerNorm each for query, key and value: (B, L, D) -> (B, E).
 
-    def __init__(self, width: int, config: PoolConfig) -> None:
+    `linear` is the class of its layers: with torch's own, who builds it draws the weights.
+    """
+
+    def __init__(self, width: int, config: PoolConfig, *, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         self.norm1_q = _norm(width)
         self.norm1_k = _norm(width)
         self.norm1_v = _norm(width)
-        self.cross_dcn = _CrossAttention(width, config)
+        self.cross_dcn = _CrossAttention(width, config, linear)
 
     def forward(self, token_BLD: Tensor) -> Tensor:
         query_B1D = token_BLD.mean(dim=1, keepdim=True)
@@ -45,16 +48,16 @@ class _MeanQueryAttention(nn.Module):
 class _CrossAttention(nn.Module):
     """Multi-head attention whose q, k and v biases are parameters of its own, as the official checkpoints name them."""
 
-    def __init__(self, width: int, config: PoolConfig) -> None:
+    def __init__(self, width: int, config: PoolConfig, linear: type[nn.Linear]) -> None:
         super().__init__()
         self.heads = config.heads
-        self.q = nn.Linear(width, width, bias=False)
-        self.k = nn.Linear(width, width, bias=False)
-        self.v = nn.Linear(width, width, bias=False)
+        self.q = linear(width, width, bias=False)
+        self.k = linear(width, width, bias=False)
+        self.v = linear(width, width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.k_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, config.width)
+        self.proj = linear(width, config.width)
 
     def forward(self, query_B1D: Tensor, key_BLD: Tensor, value_BLD: Tensor) -> Tensor:
         query, key, value = (

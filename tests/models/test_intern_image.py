@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from torch import Tensor
 
+from m3i_large.build import build_objective
 from m3i_large.errors import UserError
 from m3i_large.models import create_model
+from m3i_large.models.factory import INTERN_IMAGE_SIZES
 from m3i_large.parallel.comm import Rank
 from m3i_large.parallel.remat import rematerialize
+from m3i_large.recipe import load_recipe
 
 # Tensors and parameters with 1,000 classes, as the official classes have them.
 OFFICIAL = {
@@ -167,6 +170,11 @@ def test_the_keys_of_h_are_the_official_ones_in_order_and_shape() -> None:
     assert (bridged.width, len(bridged.blocks)) == (1024, 50)
 
 
+def test_smaller_sizes_fit_the_defaults_of_decoder_and_pool() -> None:
+    with torch.device("meta"):
+        build_objective(load_recipe("m3i", ["backbone.name=internimage_t", "backbone.arch={}"]))
+
+
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (33, 47), (101, 64), (32, 250)])
 def test_four_maps_at_strides_four_to_thirty_two_for_any_size(height: int, width: int) -> None:
     maps = nano("t")(torch.randn(1, 3, height, width))
@@ -199,6 +207,65 @@ def test_the_official_classifiers(variant: str, head: str) -> None:
     assert model.logits(torch.randn(2, 3, 64, 64)).shape == (2, 7)
     with pytest.raises(ValueError, match="num_classes 0"):
         nano(variant).logits(torch.randn(2, 3, 64, 64))
+
+
+def classify(state: dict[str, Tensor], maps: list[Tensor], tokens: Tensor, *, heads: int) -> Tensor:
+    """The official classifiers in evaluation, from the names of the checkpoint alone."""
+
+    def norm(x: Tensor, name: str) -> Tensor:  # over the last dimension
+        x = x - x.mean(-1, keepdim=True)
+        x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6)
+        return x * state[f"{name}.0.weight"] + state[f"{name}.0.bias"]
+
+    if "conv_head.0.weight" in state:
+        x = torch.einsum("bchw,oc->bohw", maps[3], state["conv_head.0.weight"][:, :, 0, 0])
+        mean, variance, weight, bias = (
+            state[f"conv_head.1.0.{name}"].view(-1, 1, 1) for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        x = (x - mean) / torch.sqrt(variance + 1e-5) * weight + bias
+        x = (x * 0.5 * (1 + torch.erf(x / 2**0.5))).sum((2, 3)) / (x.shape[2] * x.shape[3])
+    else:
+        name = "clip_projector.cross_dcn"
+        query, key, value = (
+            norm(t, f"clip_projector.norm1_{k}") @ state[f"{name}.{k}.weight"].T + state[f"{name}.{k}_bias"]
+            for k, t in (("q", tokens.mean(1, keepdim=True)), ("k", tokens), ("v", tokens))
+        )
+        parts = []
+        for q, k, v in zip(*(t.chunk(heads, dim=2) for t in (query, key, value)), strict=True):
+            share = (torch.einsum("bqd,bld->bql", q, k) / q.shape[-1] ** 0.5).exp()
+            parts.append(torch.einsum("bql,bld->bd", share / share.sum(-1, keepdim=True), v))
+        x = norm(torch.cat(parts, 1) @ state[f"{name}.proj.weight"].T + state[f"{name}.proj.bias"], "fc_norm")
+    return x @ state["head.weight"].T + state["head.bias"]
+
+
+@pytest.mark.parametrize("variant", ["t", "l", "h", "g"])
+def test_logits_equal_the_formulas(variant: str) -> None:
+    model = nano(variant, num_classes=7, bridge_width=32).double().eval()
+    if variant in "tl":
+        model.conv_head[1][0].running_mean.normal_()
+        model.conv_head[1][0].running_var.uniform_(0.5, 2)
+    image = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = classify(model.state_dict(), *longhand(model.state_dict(), image, VARIANTS[variant]), heads=16)
+    torch.testing.assert_close(model.logits(image), expected, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("size", "offset_scale", "layer_scale", "norms_after"),
+    [
+        *((size, 1.0, None, []) for size in "t"),
+        *((size, 1.0, 1e-5, []) for size in "sb"),
+        *((size, 2.0, 1e-5, []) for size in ("l", "xl")),
+        ("h", 1.0, None, [5, 11, 17, 23, 29]),
+        ("g", 1.0, None, [5, 11, 17, 23, 29, 35, 41, 47]),
+    ],
+)
+def test_what_no_tensor_shape_shows_is_the_official_configuration(
+    size: str, offset_scale: float, layer_scale: float | None, norms_after: list[int]
+) -> None:
+    config = INTERN_IMAGE_SIZES[f"internimage_{size}"]
+    assert config.get("offset_scale", 1.0) == offset_scale and config.get("layer_scale") == layer_scale
+    assert list(config.get("level2_post_norm", ())) == norms_after
+    assert bool(config.get("post_norm")) == (size not in "th") and bool(config.get("res_post_norm")) == (size == "h")
 
 
 @pytest.mark.parametrize("variant", ["t", "s", "h"])

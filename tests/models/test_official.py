@@ -60,7 +60,7 @@ def test_every_wrapping_loads_every_tensor(wrapping: str, suffix: str | None, tm
         save_file({k: v.clone() for k, v in flat.items()}, source)
     elif suffix:
         torch.save(content, source)
-    extra = load_official(model, source if suffix else content)
+    extra = load_official(model, str(source) if suffix else content)
     assert extra == (["bbox_head.fc.bias", "neck.convs.0.weight"] if wrapping == "a detector" else [])
     for key, x in model.state_dict().items():
         assert torch.equal(x, wanted[key]), key
