@@ -67,7 +67,12 @@ def rows(op: str, device: torch.device, *, quick: bool, budget_s: float) -> Iter
     for shape in shapes[:1] if quick or device.type == "cpu" else shapes:
         for dtype in (torch.bfloat16, torch.float32):
             for case in build(shape, dtype, device):
-                times = torch.tensor(milliseconds(case.call, device, budget_s=budget_s))
+                try:
+                    times = torch.tensor(milliseconds(case.call, device, budget_s=budget_s))
+                except RuntimeError as error:  # out of memory, or a peer's compiler: the others still count
+                    why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                    sys.stderr.write(f"{op} {shape} {dtype} {case.pass_} {case.provider}: not timed, {why}\n")
+                    continue
                 quantiles = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8])).tolist()
                 yield common | {
                     "versions": versions(case.provider),
