@@ -143,6 +143,28 @@ def _forward(
         tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _sample_backward(
+    grad_tile, value, grad_value, x, y, weight, inside, is_channel, H, W, C, one,
+    MASKED: tl.constexpr, WIDE: tl.constexpr, FIXED_POINT: tl.constexpr,
+):  # fmt: skip
+    """One point of Q pixels: <grad, sample>, its derivatives by x and y, and the sample's share of grad_value added."""
+    x_low, y_low = tl.floor(x), tl.floor(y)
+    sample, by_x, by_y = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
+    for corner in tl.static_range(4):
+        source, is_in = _corner(x_low, y_low, corner % 2, corner // 2, inside, H, W, WIDE)
+        x_share, y_share = _share(x - x_low, corner % 2), _share(y - y_low, corner // 2)
+        mask = is_in[:, None] & is_channel if MASKED else is_in[:, None]
+        corner_value = tl.load(value + source[:, None] * C, mask=mask, other=0.0).to(tl.float32)
+        dot = tl.sum(grad_tile * corner_value, 1)
+        sample += dot * x_share * y_share
+        by_x += dot * y_share * (corner % 2 * 2 - 1)
+        by_y += dot * x_share * (corner // 2 * 2 - 1)
+        share = weight * x_share * y_share
+        _add(grad_value + source[:, None] * C, grad_tile * share[:, None], mask, one, FIXED_POINT)
+    return sample, by_x, by_y
+
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def _backward(
     grad, value, offset, logit, center, unit,
@@ -167,18 +189,14 @@ def _backward(
     first = (pixel * G + group) * K
     weights = _softmax_weights(logit, first, inside, K)
     one = tl.load(unit) if FIXED_POINT else 1.0
-    gate = tl.zeros((BLOCK_Q,), tl.float32)
+    zero = tl.zeros((BLOCK_Q,), tl.float32)
+    own_dot, mean, gate, samples = zero, zero, zero, ()
     if HAS_CENTER:
         center += image * num_pixels * G + pixel * G + group
         gate = tl.sigmoid(tl.load(center, mask=inside, other=0.0).to(tl.float32))
-    own_dot = tl.zeros((BLOCK_Q,), tl.float32)
-    mean = tl.zeros((BLOCK_Q,), tl.float32)
-    samples = ()
     for k in tl.static_range(K):
         x, y = _location(offset, 2 * first, inside, x_middle, y_middle, scale, k, SIZE, DILATION, REMOVE_CENTER)
-        x_low, y_low = tl.floor(x), tl.floor(y)
-        x_high_share, y_high_share = x - x_low, y - y_low
-        sample, by_x, by_y = own_dot * 0, own_dot * 0, own_dot * 0
+        sample, by_x, by_y = zero, zero, zero
         for chunk in range(0, D, BLOCK_D):
             channel = chunk + tl.arange(0, BLOCK_D)[None, :]
             is_channel = channel < D
@@ -190,18 +208,11 @@ def _backward(
                 own = tl.load(value + place, mask=here, other=0.0).to(tl.float32)
                 own_dot += tl.sum(grad_tile * own, 1)
                 _add(grad_value + place, grad_tile * gate[:, None], here, one, FIXED_POINT)
-            for corner in tl.static_range(4):
-                source, is_in = _corner(x_low, y_low, corner % 2, corner // 2, inside, H, W, WIDE)
-                x_share, y_share = _share(x_high_share, corner % 2), _share(y_high_share, corner // 2)
-                mask = is_in[:, None] & is_channel if D % BLOCK_D != 0 else is_in[:, None]
-                corner_place = source[:, None] * C + channel
-                corner_value = tl.load(value + corner_place, mask=mask, other=0.0).to(tl.float32)
-                dot = tl.sum(grad_tile * corner_value, 1)
-                sample += dot * x_share * y_share
-                by_x += dot * y_share * (corner % 2 * 2 - 1)
-                by_y += dot * x_share * (corner // 2 * 2 - 1)
-                share = (1 - gate) * weights[k] * x_share * y_share
-                _add(grad_value + corner_place, grad_tile * share[:, None], mask, one, FIXED_POINT)
+            parts = _sample_backward(
+                grad_tile, value + channel, grad_value + channel, x, y, (1 - gate) * weights[k], inside, is_channel,
+                H, W, C, one, D % BLOCK_D != 0, WIDE, FIXED_POINT,
+            )  # fmt: skip
+            sample, by_x, by_y = sample + parts[0], by_x + parts[1], by_y + parts[2]
         samples = samples + (sample,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no (*samples, sample)
         mean += weights[k] * sample
         factor = (1 - gate) * weights[k] * scale
