@@ -21,7 +21,8 @@ from m3i_kernels.aot import Variant
 BLOCKS = {4: 1024, 1: 512}  # STEP: pixels a program
 NUM_WARPS = 4
 OPTIONS = {"enable_fp_fusion": False}  # solarize turns a difference in the last bit into a visible one
-# byte / 255 without a division: this sum is the correctly rounded quotient for all 256 bytes, contracted or not.
+# byte / 255 without a division: x / 256 + x / 65280 is the correctly rounded quotient for all 256 bytes, with the fused
+# multiply-add of a GPU and with the interpreter's, which rounds twice.
 _BY_256 = tl.constexpr(1 / 256)
 _BY_65280 = tl.constexpr(1 / 65280)
 _SIZES = ["H", "row_units", "P", "cell_rows", "cell_units", "num_blocks"]
@@ -38,7 +39,7 @@ def _four(first, second, third, fourth, flip):
 @triton.jit
 def _unit_interval(byte):
     x = byte.to(tl.float32)
-    return x * _BY_256 + x * _BY_65280
+    return tl.fma(x, _BY_65280, x * _BY_256)
 
 
 @triton.jit
@@ -61,16 +62,16 @@ def _load(image, unit, flip, wanted, STEP: tl.constexpr):
 
 
 @triton.jit
-def _channel(red, green, blue, colour, threshold, mean, inverse_std):
+def _channel(red, green, blue, colour, threshold, scale, shift):
     """One channel of a view: affine, clamp, solarize, normalise.
 
-    Up to solarize bit by bit as the reference: in its order, and the launch forbids contraction. After it, the product
-    with 1 / std may differ in the last bit.
+    Up to solarize bit by bit as the reference: in its order, and the launch forbids contraction. Then
+    x / std - mean / std in one operation, which may differ in the last bits.
     """
     x = red * tl.load(colour) + green * tl.load(colour + 1) + blue * tl.load(colour + 2) + tl.load(colour + 3)
     x = tl.clamp(x, 0.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
     x = tl.where(x >= threshold, 1 - x, x)
-    return (x - mean) * inverse_std
+    return tl.fma(x, scale, shift)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -90,12 +91,12 @@ def _patch_mix_kernel(
     cell_rows,
     cell_units,
     num_blocks,
-    mean_0,
-    mean_1,
-    mean_2,
-    inverse_std_0,
-    inverse_std_1,
-    inverse_std_2,
+    scale_0,
+    scale_1,
+    scale_2,
+    shift_0,
+    shift_1,
+    shift_2,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -127,14 +128,13 @@ def _patch_mix_kernel(
     pixel = block * BLOCK + tl.arange(0, BLOCK)
     mixed, out = mixed_NCHW + n * 3 * plane + pixel, out_NCHW + n * 3 * plane + pixel
     inside = pixel < plane
-    dtype = out_NCHW.dtype.element_ty
     for c in tl.static_range(3):
-        mean = mean_0 if c == 0 else (mean_1 if c == 1 else mean_2)
-        inverse_std = inverse_std_0 if c == 0 else (inverse_std_1 if c == 1 else inverse_std_2)
-        x = _channel(red, green, blue, colour + c * 4, threshold, mean, inverse_std)
-        y = _channel(red_2, green_2, blue_2, colour_2 + c * 4, threshold_2, mean, inverse_std)
-        tl.store(out + c * plane, x.to(dtype), mask=inside)
-        tl.store(mixed + c * plane, tl.where(own, x, y).to(dtype), mask=inside)
+        scale = scale_0 if c == 0 else (scale_1 if c == 1 else scale_2)
+        shift = shift_0 if c == 0 else (shift_1 if c == 1 else shift_2)
+        x = _channel(red, green, blue, colour + c * 4, threshold, scale, shift)
+        y = _channel(red_2, green_2, blue_2, colour_2 + c * 4, threshold_2, scale, shift)
+        tl.store(out + c * plane, x.to(out_NCHW.dtype.element_ty), mask=inside)
+        tl.store(mixed + c * plane, tl.where(own, x, y).to(out_NCHW.dtype.element_ty), mask=inside)
 
 
 def patch_mix(
@@ -173,8 +173,8 @@ def patch_mix(
             H // P,
             W // P // STEP,
             num_blocks,
-            *mean,
-            *(1 / value for value in std),
+            *(1 / s for s in std),
+            *(-m / s for m, s in zip(mean, std, strict=True)),
             STEP=STEP,
             BLOCK=BLOCKS[STEP],
             num_warps=NUM_WARPS,
@@ -186,7 +186,7 @@ def patch_mix(
 def variants() -> Iterator[Variant]:
     """What to compile ahead of time: both ways to read, with results of 16 and of 32 bits."""
     numbers = dict.fromkeys(_SIZES, "i32")
-    numbers |= {f"{kind}_{c}": "fp32" for kind in ("mean", "inverse_std") for c in range(3)}
+    numbers |= {f"{kind}_{c}": "fp32" for kind in ("scale", "shift") for c in range(3)}
     tensors = {"target_NHWC": "*u8", "other_NHWC": "*u8", "colour_NV34": "*fp32", "solarize_NV": "*fp32"}
     tensors |= {"flip_NV": "*i1", "partner_N": "*i64", "mask_NPP": "*i1"}
     for STEP, BLOCK in BLOCKS.items():
