@@ -15,10 +15,14 @@ def ema_update(
         # lerp, unlike momentum * ema + (1 - momentum) * source, leaves ema == source exactly where it is and treats an
         # element alike wherever a partition begins. At both ends it would still compute: an infinite source would reach
         # the average at momentum 1, an infinite average would survive momentum 0, and -0 would become 0.
-        moved = {0.0: s, 1.0: e}[momentum] if momentum in (0, 1) else torch.lerp(e, s, 1 - momentum)
-        for x in (e, o):
-            if x is None or x is moved:
-                continue
-            new = moved.reshape(x.shape)
-            # A choice, not a product with 0: what is skipped may be NaN.
-            x.copy_(new if skip is None else torch.where(skip, x, new.to(x.dtype)))
+        # Skipping is a choice, not a product with 0: what is skipped may be NaN.
+        kept = e.clone() if skip is not None else e
+        if momentum == 0:
+            e.copy_(s)
+        elif momentum < 1:
+            e.lerp_(s, 1 - momentum)
+        if skip is not None:
+            e.copy_(torch.where(skip, kept, e))
+        if o is not None:
+            new = e.reshape(o.shape)
+            o.copy_(new if skip is None else torch.where(skip, o, new.to(o.dtype)))
