@@ -164,7 +164,7 @@ OPS: dict[str, tuple[Callable[[Shape, torch.dtype, torch.device], Iterator[Case]
     "ema_update": (ema_update_cases, [(2**20,), (2**24 + 1,), (2**28,)]),
     "dcnv3": (
         dcnv3_cases,
-        [(4, 16, 16, 2, 32)]  # a level of the demo's InternImage
+        [(96, 16, 16, 1, 32)]  # the first level of the demo's InternImage
         + [(64, 56 // s, 56 // s, 10 * s, 32) for s in (1, 2, 4, 8)]  # InternImage-H at 224 pixels
         + [(16, 96 // s, 96 // s, 10 * s, 32) for s in (1, 2, 4, 8)]  # and at 384
         + [(64, 56 // s, 56 // s, 4 * s, 16) for s in (1, 2, 4, 8)]  # InternImage-T at 224
