@@ -16,7 +16,6 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 Call = Callable[[], object]
-COPY_BYTES = 2**30
 EMA_TENSORS = 64
 
 
@@ -25,7 +24,7 @@ class Case(NamedTuple):
 
     provider: str
     pass_: str
-    call: Callable[[], object]
+    call: Call
     num_bytes: int
 
 

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,16 @@ def compare() -> list[str]:
                 found.setdefault(case.pass_, {})[case.provider] = case.call()
             for name, results in found.items():
                 pairs = zip(*(_as_list(results[p]) for p in ("triton", "reference")), strict=True)
-                errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
                 limit = 1e-5 if dtype == torch.float32 else 1e-2
-                state = "ok" if max(errors) < limit else "WRONG"
-                shown = " ".join(f"{error:.1e}" for error in errors)
-                lines.append(f"{state:5} {op} {shape} {dtype} {name}: {shown}")
+                lines.append(_verdict(f"{op} {shape} {dtype} {name}", pairs, limit))
     return lines
+
+
+def _verdict(what: str, pairs: Iterable[tuple[Any, Any]], limit: float) -> str:
+    """`ok` or `WRONG`, what was compared, and the relative error of every pair of tensors."""
+    errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
+    state = "ok" if max(errors) < limit else "WRONG"
+    return f"{state:5} {what}: " + " ".join(f"{error:.1e}" for error in errors)
 
 
 def _as_list(result: Any) -> list[Any]:
@@ -69,9 +74,8 @@ def compare_ema(device: str = "cuda") -> list[str]:
             with use_backend(name):
                 ema_update(ema, source, momentum=0.75, out=out)
             results.append([*ema, *out])
-        errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(*results, strict=True)]
-        state = "ok" if max(errors) < (1e-6 if dtype == torch.float32 else 1e-3) else "WRONG"
-        lines.append(f"{state:5} ema_update {dtype}: " + " ".join(f"{error:.1e}" for error in errors))
+        limit = 1e-6 if dtype == torch.float32 else 1e-3
+        lines.append(_verdict(f"ema_update {dtype}", zip(*results, strict=True), limit))
     return lines
 
 

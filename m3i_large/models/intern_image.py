@@ -16,9 +16,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from m3i_large.models.config import InternImageConfig, PoolConfig, check_divides
-from m3i_large.models.pool import MeanQueryAttention
+from m3i_large.models.init import init_linears, init_linears_xavier
+from m3i_large.models.pool import EPS, MeanQueryAttention, indexed_norm
 
-EPS = 1e-6
 BRIDGE_HEADS, HEAD_WIDTH = 16, 768  # of the official classifier of H and G
 
 
@@ -26,15 +26,12 @@ class _Linear(nn.Linear):
     """The official default: weights normal with 0.02, cut at two units, biases 0."""
 
     def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.weight, std=0.02)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        init_linears(self)
 
 
 class _XavierLinear(_Linear):
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
+        init_linears_xavier(self)
 
 
 class _ZeroLinear(_Linear):
@@ -59,13 +56,8 @@ class _ToFirst(nn.Module):
         return x_BHWC.permute(0, 3, 1, 2)
 
 
-def _norm(width: int) -> nn.Sequential:
-    # The official names carry the place of the LayerNorm among permutations: 0 here, 1 behind a convolution.
-    return nn.Sequential(nn.LayerNorm(width, eps=EPS))
-
-
 def _norm_of_map(width: int, *, back: bool) -> nn.Sequential:
-    """LayerNorm over the channels of a B, C, H, W map; the result is B, H, W, C unless `back`."""
+    """LayerNorm over the channels of a B, C, H, W map; the result is B, H, W, C unless `back`. Its index is then 1."""
     return nn.Sequential(_ToLast(), nn.LayerNorm(width, eps=EPS), *([_ToFirst()] if back else []))
 
 
@@ -137,16 +129,16 @@ class Block(nn.Module):
     def __init__(self, width: int, groups: int, config: InternImageConfig, drop_path: float) -> None:
         super().__init__()
         self.post_norm = config.post_norm
-        self.norm1 = _norm(width)
+        self.norm1 = indexed_norm(width)
         self.dcn = DCNv3(width, groups, config)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = _norm(width)
+        self.norm2 = indexed_norm(width)
         self.mlp = _MLP(width, int(width * config.mlp_ratio))
         scale = config.layer_scale
         self.gamma1 = None if scale is None else nn.Parameter(torch.full((width,), scale))
         self.gamma2 = None if scale is None else nn.Parameter(torch.full((width,), scale))
-        self.res_post_norm1 = _norm(width) if config.res_post_norm else nn.Identity()
-        self.res_post_norm2 = _norm(width) if config.res_post_norm else nn.Identity()
+        self.res_post_norm1 = indexed_norm(width) if config.res_post_norm else nn.Identity()
+        self.res_post_norm2 = indexed_norm(width) if config.res_post_norm else nn.Identity()
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """x_BHWC -> the same shape."""
@@ -196,9 +188,9 @@ class _Level(nn.Module):
         ids = config.level2_post_norm if index == 2 else []
         self.post_norm_after = {block: k for k, block in enumerate(ids)}
         has_norm = not config.post_norm or config.center_feature_scale
-        self.norm = _norm(width) if has_norm else nn.Identity()
+        self.norm = indexed_norm(width) if has_norm else nn.Identity()
         if ids:
-            self.post_norms = nn.ModuleList(_norm(width) for _ in ids)
+            self.post_norms = nn.ModuleList(indexed_norm(width) for _ in ids)
         self.downsample = _Downsample(width) if index < 3 else None
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
@@ -242,7 +234,10 @@ class InternImage(nn.Module):
         if num_classes and self.has_pool_head:
             check_divides("the backbone's width", self.width, by=BRIDGE_HEADS, field="heads of the classifier's pool")
             pool = PoolConfig(heads=BRIDGE_HEADS, width=HEAD_WIDTH)
-            self.clip_projector, self.fc_norm = MeanQueryAttention(self.width, pool, linear=_Linear), _norm(HEAD_WIDTH)
+            self.clip_projector, self.fc_norm = (
+                MeanQueryAttention(self.width, pool, linear=_Linear),
+                indexed_norm(HEAD_WIDTH),
+            )
         if num_classes:
             self.head = _Linear(HEAD_WIDTH if self.has_pool_head else wide, num_classes)
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from m3i_large.models.config import PoolConfig, check_divides
 from m3i_large.models.init import init_linears
 
+EPS = 1e-6
+
 
 class AttentionPool(nn.Module):
     """The mean of the tokens attends over all of them; then projection and LayerNorm. No residual, no MLP."""
@@ -18,7 +20,7 @@ class AttentionPool(nn.Module):
         check_divides("the backbone's width", width, by=config.heads, field="pool.heads")
         self.width = config.width
         self.clip_projector = MeanQueryAttention(width, config)
-        self.fc_norm = _norm(config.width)
+        self.fc_norm = indexed_norm(config.width)
         init_linears(self)
 
     def forward(self, token_BLD: Tensor) -> Tensor:
@@ -34,9 +36,9 @@ class MeanQueryAttention(nn.Module):
 
     def __init__(self, width: int, config: PoolConfig, *, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
-        self.norm1_q = _norm(width)
-        self.norm1_k = _norm(width)
-        self.norm1_v = _norm(width)
+        self.norm1_q = indexed_norm(width)
+        self.norm1_k = indexed_norm(width)
+        self.norm1_v = indexed_norm(width)
         self.cross_dcn = _CrossAttention(width, config, linear)
 
     def forward(self, token_BLD: Tensor) -> Tensor:
@@ -68,6 +70,6 @@ class _CrossAttention(nn.Module):
         return self.proj(pooled_BM1d.transpose(1, 2).flatten(2))
 
 
-def _norm(width: int) -> nn.Sequential:
-    # A Sequential of one: the official names carry its index (norm1_q.0.weight).
-    return nn.Sequential(nn.LayerNorm(width, eps=1e-6))
+def indexed_norm(width: int) -> nn.Sequential:
+    """A LayerNorm in a Sequential of one: the official names carry its index (norm1_q.0.weight)."""
+    return nn.Sequential(nn.LayerNorm(width, eps=EPS))

@@ -329,4 +329,4 @@ def test_lists_that_do_not_match_are_named(more: dict, message: str) -> None:
 
 
 def test_no_tensor_is_no_work() -> None:
-    ema_update([], [], momentum=0.5)
+    assert ema_update([], [], momentum=0.5) is None

@@ -172,7 +172,8 @@ def test_the_keys_of_h_are_the_official_ones_in_order_and_shape() -> None:
 
 def test_smaller_sizes_fit_the_defaults_of_decoder_and_pool() -> None:
     with torch.device("meta"):
-        build_objective(load_recipe("m3i", ["backbone.name=internimage_t", "backbone.arch={}"]))
+        objective = build_objective(load_recipe("m3i", ["backbone.name=internimage_t", "backbone.arch={}"]))
+    assert objective.student.width == 768
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (33, 47), (101, 64), (32, 250)])

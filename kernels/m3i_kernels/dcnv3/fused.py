@@ -83,7 +83,7 @@ def _corner(x_low, y_low, RIGHT: tl.constexpr, BELOW: tl.constexpr, inside, H, W
 
 
 @triton.jit
-def _pixels(num_pixels, Wo, first_center, G, STRIDE: tl.constexpr, BLOCK_Q: tl.constexpr):
+def _pixels(num_pixels, Wo, first_center, G, STRIDE: tl.constexpr, WIDE: tl.constexpr, BLOCK_Q: tl.constexpr):
     """Image, group, output pixels (Q,) of this program, which of them exist, and the middles of their grids."""
     program = tl.program_id(0)
     group = program % G  # neighbours share the lines of memory that hold their offsets
@@ -92,7 +92,10 @@ def _pixels(num_pixels, Wo, first_center, G, STRIDE: tl.constexpr, BLOCK_Q: tl.c
     pixel = block % blocks_per_image * BLOCK_Q + tl.arange(0, BLOCK_Q)
     x_middle = (pixel % Wo * STRIDE + first_center).to(tl.float32)
     y_middle = (pixel // Wo * STRIDE + first_center).to(tl.float32)
-    return (block // blocks_per_image).to(tl.int64), group, pixel, pixel < num_pixels, x_middle, y_middle
+    inside = pixel < num_pixels
+    if WIDE:
+        pixel = pixel.to(tl.int64)
+    return (block // blocks_per_image).to(tl.int64), group, pixel, inside, x_middle, y_middle
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -105,13 +108,11 @@ def _forward(
 ):  # fmt: skip
     C = G * D
     K: tl.constexpr = SIZE * SIZE - REMOVE_CENTER
-    image, group, pixel, inside, x_middle, y_middle = _pixels(num_pixels, Wo, first_center, G, STRIDE, BLOCK_Q)
+    image, group, pixel, inside, x_middle, y_middle = _pixels(num_pixels, Wo, first_center, G, STRIDE, WIDE, BLOCK_Q)
     value += image * H * W * C
     out += image * num_pixels * C
     offset += image * num_pixels * (G * K * 2)
     logit += image * num_pixels * (G * K)
-    if WIDE:
-        pixel = pixel.to(tl.int64)
     first = (pixel * G + group) * K
     weights = _softmax_weights(logit, first, inside, K)
     for chunk in range(0, D, BLOCK_D):
@@ -122,10 +123,9 @@ def _forward(
         for k in tl.static_range(K):
             x, y = _location(offset, 2 * first, inside, x_middle, y_middle, scale, k, SIZE, DILATION, REMOVE_CENTER)
             x_low, y_low = tl.floor(x), tl.floor(y)
-            x_high_share, y_high_share = x - x_low, y - y_low
             for corner in tl.static_range(4):
                 source, is_in = _corner(x_low, y_low, corner % 2, corner // 2, inside, H, W, WIDE)
-                share = _share(x_high_share, corner % 2) * _share(y_high_share, corner // 2)
+                share = _share(x - x_low, corner % 2) * _share(y - y_low, corner // 2)
                 mask = is_in[:, None]
                 if D % BLOCK_D != 0:
                     mask = mask & is_channel
@@ -176,7 +176,7 @@ def _backward(
 ):  # fmt: skip
     C = G * D
     K: tl.constexpr = SIZE * SIZE - REMOVE_CENTER
-    image, group, pixel, inside, x_middle, y_middle = _pixels(num_pixels, Wo, first_center, G, STRIDE, BLOCK_Q)
+    image, group, pixel, inside, x_middle, y_middle = _pixels(num_pixels, Wo, first_center, G, STRIDE, WIDE, BLOCK_Q)
     value += image * H * W * C
     grad_value += image * H * W * C
     grad += image * num_pixels * C
@@ -184,8 +184,6 @@ def _backward(
     grad_offset += image * num_pixels * (G * K * 2)
     logit += image * num_pixels * (G * K)
     grad_logit += image * num_pixels * (G * K)
-    if WIDE:
-        pixel = pixel.to(tl.int64)
     first = (pixel * G + group) * K
     weights = _softmax_weights(logit, first, inside, K)
     one = tl.load(unit) if FIXED_POINT else 1.0

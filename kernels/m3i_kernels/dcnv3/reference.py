@@ -22,11 +22,10 @@ class _Corner(NamedTuple):
     """One of the four neighbours of every sample, (B * Q * G, K) each."""
 
     row: Tensor  # of the value as a table of B * H * W * G rows, clamped into it
-    x_share: Tensor  # bilinear weights; their product is zero where the corner lies outside
+    x_share: Tensor  # bilinear weights; both are zero where the corner lies outside
     y_share: Tensor
     x_sign: int  # d x_share / dx: -1 on the left, +1 on the right, where the corner lies inside
     y_sign: int
-    inside: Tensor
 
 
 def dcnv3(value_BHWC: Tensor, offset: Tensor, logit: Tensor, center: Tensor | None, geometry: Geometry) -> Tensor:
@@ -57,7 +56,7 @@ def dcnv3_backward(
     sample_nK, by_x, by_y = (torch.zeros_like(weight_nK) for _ in range(3))
     rows, shares = [], []
     for corner in _corners(value_BHWC.shape, offset.to(dtype), geometry):
-        dot_nK = _dots(grad_nD, table_RD, corner.row) * corner.inside
+        dot_nK = _dots(grad_nD, table_RD, corner.row)
         sample_nK += dot_nK * corner.x_share * corner.y_share
         by_x += dot_nK * (corner.x_sign * corner.y_share)
         by_y += dot_nK * (corner.y_sign * corner.x_share)
@@ -101,11 +100,9 @@ def _corners(shape: torch.Size, offset: Tensor, geometry: Geometry) -> Iterator[
     G, K, device = geometry.groups, geometry.num_points, offset.device
     offset_BhwGK2 = offset.contiguous().view(B, Ho, Wo, G, K, 2)
     point_K2 = offset.new_tensor(geometry.points())
-    x_1w11 = (
-        geometry.first_center + geometry.stride * torch.arange(Wo, device=device, dtype=offset.dtype)[:, None, None]
-    )
-    y_h111 = geometry.first_center + geometry.stride * torch.arange(Ho, device=device, dtype=offset.dtype).view(
-        -1, 1, 1, 1
+    x_1w11, y_h111 = (
+        geometry.first_center + geometry.stride * torch.arange(n, device=device, dtype=offset.dtype).view(shape)
+        for n, shape in ((Wo, (1, -1, 1, 1)), (Ho, (-1, 1, 1, 1)))
     )
     x = x_1w11 + (point_K2[:, 0] + offset_BhwGK2[..., 0]) * geometry.offset_scale
     y = y_h111 + (point_K2[:, 1] + offset_BhwGK2[..., 1]) * geometry.offset_scale
@@ -119,7 +116,7 @@ def _corners(shape: torch.Size, offset: Tensor, geometry: Geometry) -> Iterator[
         for x_index, x_share, x_inside, x_sign in sides_x:
             inside = (y_inside * x_inside).view(-1, K)
             row = (image_row + x_index * G).view(-1, K)
-            yield _Corner(row, x_share.view(-1, K) * inside, y_share.view(-1, K) * inside, x_sign, y_sign, inside)
+            yield _Corner(row, x_share.view(-1, K) * inside, y_share.view(-1, K) * inside, x_sign, y_sign)
 
 
 def _sides(x: Tensor, size: int, index_dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor, int]]:
