@@ -1,8 +1,15 @@
-"""The one error type that means: the input is wrong, the program is right."""
+"""The two errors that are told in one line: the input is wrong, or the environment failed. All else is a defect."""
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: one line naming the field, the value got and the value needed.
 
     Commands print it without a traceback and exit with status 2.
+    """
+
+
+class OutageError(Exception):
+    """What the program depends on failed for too long: storage, another process. Commands exit with status 1.
+
+    Never a ValueError: an outage must not be taken for a bad sample and papered over with a substitute.
     """

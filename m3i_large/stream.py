@@ -1,5 +1,6 @@
 """From a recipe to this rank's stream of batches: sources, the mixture's order (new or frozen), the loader."""
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -7,8 +8,8 @@ from m3i_large import checkpoint
 from m3i_large.data.demo import build_demo_data
 from m3i_large.data.loader import Loader
 from m3i_large.data.mixture import Mixture
+from m3i_large.data.producer import BadSample, LoaderJob
 from m3i_large.data.sources import Source, manifest_hash, open_sources
-from m3i_large.data.tokenizer import Tokenizer
 from m3i_large.data.views import MaskSpec
 from m3i_large.errors import UserError
 from m3i_large.metrics import append_row
@@ -23,10 +24,13 @@ def prepare_sources(recipe: Recipe, rank: Rank) -> list[Source]:
     if recipe.data.embedded and rank.is_first:
         build_demo_data(root)
     barrier()
-    try:
-        return open_sources(recipe.data.sources, root)
-    except ValueError as error:  # a damaged shard: the input is wrong, and the message names it
-        raise UserError(str(error)) from None
+    data = recipe.data
+    # The first rank makes what indexes are missing; the others then find them.
+    for turn in (rank.is_first, not rank.is_first):
+        if turn:
+            sources = open_sources(data.sources, data.root, index=data.index, retry_s=data.retry_s)
+        barrier()
+    return sources
 
 
 def plan_mixture(recipe: Recipe, sources: list[Source]) -> Mixture:
@@ -65,11 +69,11 @@ def make_loader(
 ) -> Loader:
     """The stream of this rank's batches from `start_step` on; unreadable samples go into the run's quarantine.jsonl."""
     shown = recipe.objective.input
-    return Loader(
-        recipe.data,
+    job = LoaderJob(
+        config=recipe.data,
         mixture=mixture,
         sources=sources,
-        tokenizer=Tokenizer(context_length=recipe.text.context_length),
+        context_length=recipe.text.context_length,
         seed=recipe.train.seed,
         mask=MaskSpec(
             cells=recipe.data.image_size // shown.patch,
@@ -81,12 +85,11 @@ def make_loader(
         rank=rank.rank,
         world=rank.world,
         accumulation=recipe.train.accumulation,
-        start_step=start_step,
-        on_bad=partial(_quarantine, run),
     )
+    pinned = rank.device.type == "cuda"
+    return Loader(job, start_step=start_step, on_bad=partial(_quarantine, run), pinned=pinned)
 
 
-def _quarantine(run: Run, source: str, id: int, reason: str, step: int) -> None:
-    """Notes a sample that could not be read and was replaced; any rank, any loader thread."""
-    row = {"step": step, "attempt": run.attempt, "source": source, "id": id, "reason": reason}
-    append_row(run.directory / "quarantine.jsonl", row)
+def _quarantine(run: Run, bad: BadSample) -> None:
+    """Notes a sample that could not be used and was replaced; any rank."""
+    append_row(run.directory / "quarantine.jsonl", {**asdict(bad), "attempt": run.attempt})

@@ -7,10 +7,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 import webdataset as wds
-from tiny import command, environment, pretrain, recipe, write_data, write_recipe
+from tiny import command, environment, picture, pretrain, recipe, write_data, write_recipe
 
 from m3i_large.checkpoint import Checkpoint, newest
 from m3i_large.evaluate import KINDS, evaluate
@@ -108,13 +109,15 @@ def test_unreadable_samples_are_replaced_and_listed(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     with wds.TarWriter(str(data / "first-000001.tar")) as writer:
         for i in range(40):
-            writer.write({"__key__": f"broken{i}", "png": b"no image", "txt": f"broken {i}"})
+            whole = cv2.imencode(".png", picture("red", "disc", i))[1].tobytes()
+            writer.write({"__key__": f"broken{i}", "png": whole[:60], "txt": f"broken {i}"})
     path = write_recipe(tmp_path / "r.yaml", recipe(data, picture_every=0, checkpoint_every=100))
     result = pretrain("--recipe", path, "--out", tmp_path / "run")
     assert result.returncode == 0, result.stdout + result.stderr
     rows = read_rows(tmp_path / "run/quarantine.jsonl")
     assert rows and {row["source"] for row in rows} == {"first"} and all(row["id"] >= 60 for row in rows)
-    assert all("no image" in row["reason"] and row["attempt"] == 0 for row in rows)
+    assert all("60 bytes of a damaged image" in row["reason"] and row["attempt"] == 0 for row in rows)
+    assert all(row["shard"] == "first-000001.tar" and row["key"] == f"broken{row['id'] - 60}" for row in rows)
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

@@ -1,10 +1,11 @@
 """What is read and how it is augmented."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from m3i_large.data.sources import SourceConfig
+from m3i_large.data.decode import MAX_PIXELS
+from m3i_large.data.source_config import SourceConfig
 
 Share = tuple[float, float]
 
@@ -40,6 +41,16 @@ class ViewConfig(BaseModel):
         return self
 
 
+class BadSampleBudget(BaseModel):
+    """How many samples of a source may be replaced, on each rank, before the run stops."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    share: float = Field(0.01, ge=0, le=1, description="of the last `window` samples")
+    window: int = Field(10_000, gt=0)
+    in_a_row: int = Field(32, gt=0, description="one after the other: the shard or the storage is at fault")
+
+
 class DataConfig(BaseModel):
     """Sources, views and how they are read. The defaults of the views are SiameseIM's."""
 
@@ -55,6 +66,16 @@ class DataConfig(BaseModel):
     other_view: ViewConfig = ViewConfig(blur=1.0, solarize=0.0)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    threads: int = Field(2, gt=0, description="threads per rank that read and decode")
+    index: str | None = Field(None, description="directory of the shards' indexes; default: .m3i in a local root")
+    threads: int = Field(2, ge=0, description="decoding threads of the loader's process; 0 = no process, for tests")
+    io_threads: int = Field(8, gt=0, description="reading threads of the loader's process")
     prefetch: int = Field(2, gt=0, description="micro-steps prepared ahead")
+    read: Literal["auto", "sample", "block"] = Field(
+        "auto", description="what one read takes: a sample (local disks), or a block of them (remote storage; auto)"
+    )
+    cache_gib: float = Field(8.0, gt=0, description="GiB per rank for blocks that were read and wait to be used")
+    retry_s: float = Field(300.0, ge=0, description="seconds that an outage of the storage is ridden out")
+    timeout_s: float = Field(900.0, gt=0, description="seconds without a batch after which the run stops, with stacks")
+    max_pixels: int = Field(MAX_PIXELS, gt=0, description="larger JPEG files are decoded smaller, others are bad")
+    bad_samples: BadSampleBudget = Field(BadSampleBudget(), description="how much damage a run accepts")
     audit: bool = Field(False, description="write every sample drawn into the run's audit directory")

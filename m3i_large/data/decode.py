@@ -4,20 +4,66 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from m3i_large.data.header import GZIP, ImageHeader, read_header, unzipped
 
-def decode_rgb(data: bytes) -> np.ndarray:
+MAX_BYTES = 256 << 20  # of a gzipped picture once unpacked
+MAX_PIXELS = 40_000_000  # 120 MB of RGB; larger JPEG files are decoded at a smaller scale, other formats refused
+# EXIF orientation as (transpose, then flip of rows, then flip of columns).
+TURNS = {
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+
+
+def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes JPEG, PNG, WebP, BMP, ... by content, not by name -> uint8 (H, W, 3) RGB.
 
-    Transparency is laid on white, 16-bit images are reduced to 8, grey becomes RGB.
+    Gzipped files are unpacked first. EXIF orientation is applied, transparency laid on white, 16 bits reduced to 8;
+    grey and CMYK become RGB. Damaged files are refused even where a decoder would fill in grey.
+
+    Args:
+        max_pixels: a JPEG file above it is decoded at 1/2, 1/4 or 1/8; any other is refused before it is decoded.
 
     Raises:
-        ValueError: no image, or a damaged one.
+        ValueError: no image, a damaged one, or too large a one.
     """
-    if simplejpeg.is_jpeg(data):
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
-    if image is None:
+    if data[:2] == GZIP:
+        data = unzipped(data, MAX_BYTES)
+    header = read_header(data)
+    if header is None:
         raise ValueError(f"{len(data)} bytes that are no image")
+    if data[:2] == b"\xff\xd8":
+        return _upright(_decode_jpeg(data, header, max_pixels), header.orientation)
+    if header.width * header.height > max_pixels:
+        raise ValueError(f"an image of {header.width} x {header.height}; needed: at most {max_pixels} pixels")
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None:
+        raise ValueError(f"{len(data)} bytes of a damaged image")
+    return _to_rgb(image)
+
+
+def _decode_jpeg(data: bytes, header: ImageHeader, max_pixels: int) -> np.ndarray:
+    height, width = header.height, header.width
+    smaller = 1
+    while width * height > max_pixels * smaller**2:
+        smaller *= 2
+    if smaller > 8:
+        raise ValueError(f"an image of {width} x {height}; needed: at most {64 * max_pixels} pixels")
+    if smaller == 1:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    # min_factor lets the decoder take the smallest scale that is not below the size asked for.
+    return simplejpeg.decode_jpeg(
+        data, colorspace="RGB", min_height=height // smaller, min_width=width // smaller, min_factor=smaller
+    )
+
+
+def _to_rgb(image: np.ndarray) -> np.ndarray:
+    """OpenCV's grey, BGR or BGRA of any depth -> uint8 RGB."""
     if image.dtype != np.uint8:
         image = (image // 256).astype(np.uint8) if image.dtype == np.uint16 else cv2.convertScaleAbs(image, alpha=255)
     if image.ndim == 2:
@@ -28,15 +74,26 @@ def decode_rgb(data: bytes) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def crop_resize(image_HWC: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.ndarray:
-    """The crop (top, left, height, width) as size x size pixels.
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation == 1:
+        return image
+    transpose, flip_rows, flip_columns = TURNS[orientation]
+    if transpose:
+        image = image.swapaxes(0, 1)
+    return np.ascontiguousarray(image[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
+
+
+def crop_resize(
+    image_HWC: np.ndarray, box: tuple[int, int, int, int], size: int, *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """The crop (top, left, height, width) as size x size pixels, in `out` (size, size, 3) if given.
 
     Area averaging where a side shrinks to less than half (bicubic would alias), bicubic otherwise.
     """
     top, left, height, width = box
     crop = image_HWC[top : top + height, left : left + width]
     shrinks = max(height, width) > 2 * size
-    return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    return cv2.resize(crop, (size, size), dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
 def blur(image_HWC: np.ndarray, sigma: float) -> np.ndarray:

@@ -52,21 +52,27 @@ def feistel(x: np.ndarray, n: np.ndarray | int, keys: np.ndarray) -> np.ndarray:
     Alternating Feistel network over max(6, ceil(log2 n)) bits with cycle walking. Fewer bits would be visibly biased,
     and an index outside the domain could walk for ever, so it is refused.
     """
-    x, n, keys = np.broadcast_arrays(np.atleast_1d(np.asarray(x, np.int64)), np.asarray(n, np.int64), _u64(keys))
+    x, n, keys = np.atleast_1d(np.asarray(x, np.int64)), np.asarray(n, np.int64), _u64(keys)
+    x, keys = np.broadcast_arrays(x, keys) if n.ndim == 0 else np.broadcast_arrays(x, keys, n)[:2]
     if not ((x >= 0) & (x < n)).all():
         raise ValueError("feistel: an index lies outside [0, n)")
     bits = np.maximum(FLOOR_BITS, np.ceil(np.log2(np.maximum(n, 2))).astype(np.int64))
-    bits += (np.int64(1) << bits) < n  # where log2 rounded down
+    bits = bits + ((np.int64(1) << bits) < n)  # where log2 rounded down
     low_bits = bits // 2
-    out, todo = x.astype(np.uint64), np.arange(x.size)
-    low, high, k, size = (a.astype(np.uint64).ravel() for a in (low_bits, bits - low_bits, keys, n))
-    result, current = out.ravel().copy(), out.ravel().copy()
+    low, high, size = (np.asarray(a, np.uint64) for a in (low_bits, bits - low_bits, n))
+    if n.ndim:  # else scalars, which stay scalars: a third of the work
+        low, high, size = (np.broadcast_to(a, x.shape).ravel() for a in (low, high, size))
+    k = keys.ravel()
+    result = _rounds(x.astype(np.uint64).ravel(), low, high, k)
+    todo = np.flatnonzero(result >= size)
     while todo.size:
-        current = _rounds(current, low[todo], high[todo], k[todo])
-        result[todo] = current
-        again = current >= size[todo]
-        todo, current = todo[again], current[again]
+        result[todo] = _rounds(result[todo], _at(low, todo), _at(high, todo), k[todo])
+        todo = todo[result[todo] >= _at(size, todo)]
     return result.astype(np.int64).reshape(x.shape)
+
+
+def _at(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    return values[places] if values.ndim else values
 
 
 def _rounds(value: np.ndarray, low_bits: np.ndarray, high_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:

@@ -1,98 +1,59 @@
-"""Reads, decodes and crops samples in background threads and hands out batches in order.
+"""One rank's stream of batches, made by a process of its own: decoding never competes with kernel launches for the GIL.
 
-`batch_at(step, micro_step)` is a pure function; the iterator only prepares its values ahead of time. Nothing depends on
-the number of threads, ranks or processes.
+The process fills slots of shared memory; a batch's tensors are that memory, never copied on the way. Its loss, its
+silence and its errors all end in one clear message here.
 """
 
+import contextlib
+import os
+import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from multiprocessing import get_context, util
+from multiprocessing.connection import Connection
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
 
-from m3i_large.data import views
-from m3i_large.data.batch import OTHER_VIEW, TARGET_VIEW, Batch
-from m3i_large.data.config import DataConfig
-from m3i_large.data.decode import blur, crop_resize, decode_rgb
-from m3i_large.data.mixture import Mixture, MixtureRows
-from m3i_large.data.sources import RawSample, Source
-from m3i_large.data.tokenizer import Tokenizer
-from m3i_large.errors import UserError
+from m3i_large.data.bad_samples import BadSampleLedger
+from m3i_large.data.batch import Batch
+from m3i_large.data.loader_process import serve
+from m3i_large.data.producer import BadSample, LoaderJob, Producer, private_slot
+from m3i_large.data.slots import SharedMemory, Slot
+from m3i_large.errors import OutageError
 
-MAX_SUBSTITUTES = 8
-# Called with source name, sample id, reason and step of a sample that could not be read.
-OnBad = Callable[[str, int, str, int], None]
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One sample's arrays, in Batch's fields without their first letter."""
-
-    pixels_VHWC: np.ndarray
-    box_V4: np.ndarray
-    size_2: np.ndarray
-    flip_V: np.ndarray
-    colour_V34: np.ndarray
-    solarize_V: np.ndarray
-    mask_PP: np.ndarray
-    category: int
-    text: str | None
-    substitute: int
+# Told about every sample that was replaced, when its batch is handed out.
+OnBad = Callable[[BadSample], None]
+POLL_S = 1.0
 
 
 class Loader(Iterator[Batch]):
     """One rank's endless stream of micro-batches, from `start_step` on.
 
+    A batch is valid until the next one is asked for: its memory is filled again.
+
     Args:
-        config: sources' views and sizes.
-        mixture: which sample goes where.
-        sources: opened, in the recipe's order.
-        tokenizer: for captions.
-        seed: of every random choice.
-        mask: of the student's input (objective.input, objective.mix).
-        rank, world: this rank's place.
-        accumulation: micro-steps per step.
+        job: what to load.
         start_step: first step to give out.
         on_bad: told about every sample that was replaced.
+        pinned: lock the memory for copies to a GPU.
 
     Raises:
-        UserError: a sample's class is not below num_classes, or a mix block does not fit a lane.
-        ValueError: (from next) a sample and all its substitutes are unreadable.
+        UserError: (here) a mix block does not fit a lane; (from next) a class is not below num_classes, a sample and
+            all its substitutes cannot be used, or more samples were bad than data.bad_samples allows.
+        OutageError: (from next) the storage failed for data.retry_s, or the process died or fell silent.
     """
 
     def __init__(
-        self,
-        config: DataConfig,
-        *,
-        mixture: Mixture,
-        sources: list[Source],
-        tokenizer: Tokenizer,
-        seed: int,
-        mask: views.MaskSpec,
-        rank: int,
-        world: int,
-        accumulation: int,
-        start_step: int = 0,
-        on_bad: OnBad | None = None,
+        self, job: LoaderJob, *, start_step: int = 0, on_bad: OnBad | None = None, pinned: bool = False
     ) -> None:
-        self._config, self._mixture, self._sources, self._tokenizer = config, mixture, sources, tokenizer
-        self._seed, self._mask = seed, mask
-        self._rank, self._world, self._accumulation, self._on_bad = rank, world, accumulation, on_bad
-        lanes = mixture.lanes // accumulation // world
-        quotas = dict(zip(mixture.source_names, mixture.max_quota, strict=True))
-        rows = lanes * mixture.slots
-        self._text_rows = min(rows, lanes * sum(quotas[s.name] for s in sources if s.kind == "image_text"))
-        self._category_rows = min(rows, lanes * sum(quotas[s.name] for s in sources if s.kind == "image_category"))
-        self._partners(np.zeros(mixture.slots, np.int64), 0)  # refuses a block that does not fit, before any work
-        cv2.setNumThreads(1)
-        self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="loader")
-        self._next = start_step * accumulation
-        self._ahead: deque[tuple[int, MixtureRows, list[Future[_Row]]]] = deque()
-        for _ in range(config.prefetch):
-            self._submit()
+        self.job, self._on_bad = job, on_bad
+        job.partners(np.zeros(job.mixture.slots, np.int64), 0)  # refuses a block that does not fit, before any work
+        self._ledger = BadSampleLedger(job.config.bad_samples, [source.name for source in job.sources])
+        first = start_step * job.accumulation
+        self._maker = _Inline(job, first) if job.config.threads == 0 else _Process(job, first, pinned=pinned)
 
     def __enter__(self) -> "Loader":
         return self
@@ -101,114 +62,161 @@ class Loader(Iterator[Batch]):
         self.close()
 
     def close(self) -> None:
-        """Drops what was prepared and ends the threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Drops what was prepared and ends the process."""
+        self._maker.close()
+
+    @property
+    def retries(self) -> int:
+        """Reads repeated so far because the storage failed."""
+        return self._maker.retries
 
     def __next__(self) -> Batch:
-        index, rows, futures = self._ahead.popleft()
-        self._submit()
-        return self._batch(index, rows, [future.result() for future in futures])
+        index, slot, bad = self._maker.next()
+        self._ledger.count(slot["source_N"], slot["substitute_N"], bad)
+        if self._on_bad:
+            for sample in bad:
+                self._on_bad(sample)
+        self._ledger.check()
+        return _batch(self.job, index, slot)
 
     def batch_at(self, step: int, micro_step: int) -> Batch:
-        """The batch of one micro-step, whatever was read before."""
-        rows = self._mixture.rows(step, micro_step, rank=self._rank, world=self._world)
-        ready = [self._row(rows, i, step) for i in range(len(rows.id))]
-        return self._batch(step * self._accumulation + micro_step, rows, ready)
+        """The batch of one micro-step, whatever was given out before; made in this process."""
+        maker = _Inline(self.job, step * self.job.accumulation + micro_step)
+        index, slot, _ = maker.next()
+        return _batch(self.job, index, slot)
 
-    def _submit(self) -> None:
-        index, self._next = self._next, self._next + 1
-        step, micro_step = divmod(index, self._accumulation)
-        rows = self._mixture.rows(step, micro_step, rank=self._rank, world=self._world)
-        self._ahead.append((index, rows, [self._pool.submit(self._row, rows, i, step) for i in range(len(rows.id))]))
 
-    def _row(self, rows: MixtureRows, i: int, step: int) -> _Row:
-        """Reads row i, or the first readable substitute of it."""
-        s, epoch, offset = int(rows.source[i]), int(rows.epoch[i]), int(rows.offset[i])
-        source, reason = self._sources[s], ""
-        for attempt in range(MAX_SUBSTITUTES + 1):
-            number = int(rows.id[i])
-            if attempt:
-                number = self._mixture.substitute(s, epoch=epoch, offset=offset, attempt=attempt - 1)
-            try:
-                raw = source.read(number)
-                image = decode_rgb(raw.image)
-            except ValueError as error:
-                reason = str(error)
-                if self._on_bad:
-                    self._on_bad(source.name, number, reason, step)
-                continue
-            return self._augment(views.SampleKey(self._seed, epoch, s, int(rows.id[i]), attempt), image, raw, source)
-        raise ValueError(
-            f"source {source.name}: sample {int(rows.id[i])} and {MAX_SUBSTITUTES} substitutes are unreadable: {reason}"
+def _batch(job: LoaderJob, index: int, slot: Slot) -> Batch:
+    step, micro_step = divmod(index, job.accumulation)
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in slot.items()}
+    return Batch(
+        **tensors,
+        step=step,
+        micro_step=micro_step,
+        text_rows=job.most_rows("image_text"),
+        category_rows=job.most_rows("image_category"),
+    )
+
+
+class _Inline:
+    """Makes each batch when it is asked for, in this process and thread, in memory of its own."""
+
+    def __init__(self, job: LoaderJob, first: int) -> None:
+        inline = job.config.model_copy(update={"threads": 0})
+        self._producer = Producer(_replaced(job, inline))
+        self._index = first
+
+    def next(self) -> tuple[int, Slot, list[BadSample]]:
+        """The next micro-batch."""
+        slot = private_slot(self._producer.job.layout)
+        pending = self._producer.start(self._index, slot)
+        bad = self._producer.finish(pending)
+        self._index += 1
+        return pending.index, slot, bad
+
+    @property
+    def retries(self) -> int:
+        """As Producer.retries."""
+        return self._producer.retries
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class _Process:
+    """Takes batches from the loader's process in order, and gives slots back when their batch is done with."""
+
+    def __init__(self, job: LoaderJob, first: int, *, pinned: bool) -> None:
+        self._timeout = job.config.timeout_s
+        self._pinned, self.retries, self._index = pinned, 0, first
+        layout = job.layout
+        # One slot is being used, one may still be on its way to the GPU.
+        count = job.config.prefetch + 2
+        memory = SharedMemory(count * layout.num_bytes)
+        self._slots = [layout.slot(memory.buffer, index) for index in range(count)]
+        if pinned:
+            _pin(memory)
+        self._connection, theirs = get_context("spawn").Pipe()
+        self._process = get_context("spawn").Process(
+            target=serve, args=(theirs, memory, job, first), name="m3i-loader", daemon=True
         )
+        self._process.start()
+        theirs.close()
+        memory.close_descriptor()
+        # Before multiprocessing's own exit, which would wait for a process that heeds no SIGTERM.
+        self._finalize = util.Finalize(self, _end, (self._connection, self._process), exitpriority=10)
+        self._given: deque[tuple[int, Any]] = deque()
+        for index in range(count):
+            self._connection.send(index)
 
-    def _augment(self, sample: views.SampleKey, image: np.ndarray, raw: RawSample, source: Source) -> _Row:
-        height, width = image.shape[:2]
-        size = self._config.image_size
-        pixels, boxes, flips, colours, solarize = [], [], [], [], []
-        for view, config in ((TARGET_VIEW, self._config.target_view), (OTHER_VIEW, self._config.other_view)):
-            draws = sample.draws(view)
-            box = views.crop_box(draws, height, width, config)
-            crop = blur(crop_resize(image, box, size), views.blur_sigma(draws, size, config))
-            grey_mean = float(crop.reshape(-1, 3).mean(0) @ views.LUMA) / 255
-            pixels.append(crop)
-            boxes.append(box)
-            flips.append(draws[views.FLIP] < config.flip)
-            colours.append(views.colour_affine(draws, grey_mean, config))
-            inverted = draws[views.SOLARIZE] < config.solarize
-            solarize.append(views.SOLARIZE_ABOVE if inverted else views.NO_SOLARIZE)
-        category = -1 if raw.category is None else raw.category
-        if category >= self._config.num_classes:
-            raise UserError(
-                f"source {source.name}: sample {raw.key} has class {category}; "
-                f"needed: below data.num_classes {self._config.num_classes}"
-            )
-        return _Row(
-            pixels_VHWC=np.stack(pixels),
-            box_V4=np.array(boxes, np.int32),
-            size_2=np.array([height, width], np.int32),
-            flip_V=np.array(flips),
-            colour_V34=np.stack(colours),
-            solarize_V=np.array(solarize, np.float32),
-            mask_PP=views.draw_mask(sample, self._mask),
-            category=category,
-            text=raw.text,
-            substitute=sample.substitute,
-        )
+    def next(self) -> tuple[int, Slot, list[BadSample]]:
+        """The next micro-batch; waits for it at most data.timeout_s."""
+        self._release()
+        number, index, bad, self.retries = self._receive()
+        if index != self._index:
+            raise RuntimeError(f"the loader's process gave micro-step {index}, needed {self._index}")
+        self._index += 1
+        self._given.append((number, None))
+        return index, self._slots[number], bad
 
-    def _partners(self, lanes: np.ndarray, step: int) -> np.ndarray:
-        if not self._mask.mix:
-            return np.arange(len(lanes))
-        slots, block = self._mixture.slots, self._mask.mix_block
-        return views.draw_partners(lanes, seed=self._seed, step=step, slots=slots, block=block)
+    def close(self) -> None:
+        """Ends the process."""
+        self._finalize()
 
-    def _batch(self, index: int, rows: MixtureRows, ready: list[_Row]) -> Batch:
-        step, micro_step = divmod(index, self._accumulation)
-        partner = self._partners(rows.lane, step)
+    def _release(self) -> None:
+        """Gives back the slot of the last batch; on a GPU when the copies made from it so far are done."""
+        if self._given and self._pinned:
+            number, event = self._given.pop()
+            event = torch.cuda.Event()
+            event.record()
+            self._given.append((number, event))
+        while self._given:
+            number, event = self._given[0]
+            if event is not None and not event.query():
+                if len(self._given) < 2:
+                    return
+                event.synchronize()
+            self._given.popleft()
+            with contextlib.suppress(BrokenPipeError):  # its last message says why
+                self._connection.send(number)
 
-        def stacked(name: str) -> torch.Tensor:
-            return torch.from_numpy(np.stack([getattr(row, name) for row in ready]))
+    def _receive(self) -> tuple[int, int, list[BadSample], int]:
+        began = time.monotonic()
+        while not self._connection.poll(POLL_S):
+            if time.monotonic() - began > self._timeout:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._process.pid or 0, signal.SIGUSR1)  # its threads' stacks go to standard error
+                time.sleep(POLL_S)
+                raise OutageError(
+                    f"the loader gave no batch for {self._timeout:.0f} s (data.timeout_s); its stacks are above"
+                )
+        try:
+            message = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join(POLL_S)
+            code = self._process.exitcode
+            why = f"signal {-code}" if code is not None and code < 0 else f"status {code}"
+            raise OutageError(f"the loader's process died ({why}); if it was killed, by lack of memory?") from None
+        if isinstance(message, BaseException):
+            raise message
+        return message
 
-        pixels = stacked("pixels_VHWC")
-        return Batch(
-            target_NHWC=pixels[:, TARGET_VIEW].contiguous(),
-            other_NHWC=pixels[:, OTHER_VIEW].contiguous(),
-            box_NV4=stacked("box_V4"),
-            size_N2=stacked("size_2"),
-            flip_NV=stacked("flip_V"),
-            colour_NV34=stacked("colour_V34"),
-            solarize_NV=stacked("solarize_V"),
-            partner_N=torch.from_numpy(partner),
-            mask_NPP=stacked("mask_PP"),
-            category_N=torch.tensor([row.category for row in ready]),
-            text_NT=torch.as_tensor(self._tokenizer.encode([row.text or "" for row in ready])),
-            text_valid_N=torch.tensor([row.text is not None for row in ready]),
-            source_N=torch.from_numpy(rows.source),
-            epoch_N=torch.from_numpy(rows.epoch),
-            id_N=torch.from_numpy(rows.id),
-            substitute_N=torch.tensor([row.substitute for row in ready]),
-            step=step,
-            micro_step=micro_step,
-            text_rows=self._text_rows,
-            category_rows=self._category_rows,
-        )
+
+def _end(connection: Connection, process: Any) -> None:
+    connection.close()  # the process ends when nobody listens
+    process.join(2)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def _pin(memory: SharedMemory) -> None:
+    """Locks the slots' pages, so that copies to the GPU run beside everything else."""
+    address = np.frombuffer(memory.buffer, np.uint8).ctypes.data
+    error = torch.cuda.cudart().cudaHostRegister(address, memory.num_bytes, 0)
+    if int(error):
+        raise OutageError(f"cudaHostRegister: error {int(error)} for {memory.num_bytes} bytes of batches")
+
+
+def _replaced(job: LoaderJob, config: Any) -> LoaderJob:
+    return LoaderJob(**{**vars(job), "config": config})

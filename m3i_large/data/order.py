@@ -5,6 +5,7 @@ F windows per epoch, C crumbs, R full rows, Cr crumb rows, g guard, c lane phase
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -81,6 +82,20 @@ class SourceOrder:
             ids[here] = self._zone(int(e))[offset[here]]
         return ids
 
+    def blocks(self, epoch: np.ndarray | Sequence[int], id: np.ndarray | Sequence[int]) -> np.ndarray:
+        """The block that sample `id` belongs to in an epoch -> int64, -1 for crumbs, which belong to none."""
+        x = (np.asarray(id, np.int64) - self._shift(np.asarray(epoch, np.int64))) % self.n
+        return np.where(x < self.Kt * self.V * self.b, x // self.b, -1)
+
+    def block_ids(self, epoch: int, block: int) -> list[int]:
+        """The b samples of a block: consecutive, except where they wrap from n - 1 to 0 (once an epoch)."""
+        first = block * self.b + int(self._shift(np.array([epoch]))[0])
+        return [(first + i) % self.n for i in range(self.b)]
+
+    def _shift(self, epoch: np.ndarray) -> np.ndarray:
+        """The epoch's cyclic shift of all ids, so that block edges and the crumbs move every epoch."""
+        return (key(self.seed, name_tag(self.name), epoch, 4) % np.uint64(self.n)).astype(np.int64)
+
     def _zone(self, epoch: int) -> np.ndarray:
         """Ids of the first 2g draws: those seen among the last g of the epoch before swap into the second half."""
         g = self.g
@@ -107,8 +122,7 @@ class SourceOrder:
         if not crumb.all():
             regular = ~crumb
             x[regular] = self._block(row[regular] - crumbs_before[regular], u[regular], e[regular], tag, Kt, F)
-        shift = (key(self.seed, tag, e, 4) % np.uint64(n)).astype(np.int64)
-        return (x + shift) % n
+        return (x + self._shift(e)) % n
 
     def _block(self, rr: np.ndarray, u: np.ndarray, e: np.ndarray, tag: int, Kt: int, F: int) -> np.ndarray:
         V, b = self.V, self.b

@@ -3,193 +3,253 @@
 A sample's id is its position among the eligible samples of its source, shards sorted by name: 0 to num_samples - 1.
 """
 
-import bisect
 import glob
 import hashlib
+import html
 import json
-import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+from urllib.parse import unquote_plus
 
+import numpy as np
 from braceexpand import braceexpand
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from m3i_large.data.index import SampleIndex, index_shard, read_part
+from m3i_large.data.index import IMAGE_EXTENSIONS, ShardIndex
+from m3i_large.data.manifest import IndexDirectory, Manifest, ShardRow, eligible_rows, load_index, open_manifest
+from m3i_large.data.source_config import JSON_FIELD, SourceConfig
+from m3i_large.data.storage import Storage, is_url
 from m3i_large.errors import UserError
 
-Kind = Literal["image_text", "image_category", "image"]
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "webp", "png")
-OPEN_SHARDS = 64
+OPEN_INDEXES = 64
+# Two parts are read as one range if at least this share of it is wanted.
+DENSE = 0.5
+LONGEST_CAPTION = 1 << 16  # bytes; a text tower sees some hundreds
+_TAG = re.compile(r"<[^<>]{0,500}>")
 
 
-class Nominal(BaseModel):
-    """Size of a source as published: what planning uses where the data is not there."""
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One sample's parts as they are stored, not yet looked at.
 
-    model_config = ConfigDict(extra="forbid")
+    Attributes:
+        shard, key: where it comes from, for messages.
+        parts: content by extension; the image under "image".
+        original: (width, height) before img2dataset resized it, zeros where not known.
+    """
 
-    samples: int = Field(gt=0)
-    shards: int = Field(gt=0)
-    mean_bytes: int = Field(gt=0, description="bytes of a sample")
-
-
-class SourceConfig(BaseModel):
-    """One entry of `data.sources`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(min_length=1)
-    kind: Kind
-    shards: list[str] | str = Field(description="paths relative to data.root; {000000..000003} and * expand")
-    repeats: int | float | str = Field(
-        1, description="weight: passes over this source per epoch; exact, '1/3' and 0.1 too"
-    )
-    quota: int | None = Field(None, gt=0, description="samples per lane and step, fixed; replaces the share by repeats")
-    caption_field: str = Field("txt", description="extension that holds the text")
-    category_field: str = Field("cls", description="extension that holds the class index")
-    nominal: Nominal | None = None
-
-    @field_validator("repeats", mode="before")
-    @classmethod
-    def _check_repeats(cls, value: Any) -> Any:
-        try:
-            good = not isinstance(value, bool) and Fraction(str(value)) > 0
-        except (ValueError, ZeroDivisionError):
-            good = False
-        if not good:
-            raise ValueError("needed: a positive number or fraction such as 2, 0.5 or '1/3'")
-        return value
-
-    @property
-    def exact_repeats(self) -> Fraction:
-        """`repeats` as written: 0.1 is 1/10."""
-        return Fraction(str(self.repeats))
-
-    @property
-    def target_field(self) -> str | None:
-        """Extension that a sample must have beside its image."""
-        return {"image_text": self.caption_field, "image_category": self.category_field, "image": None}[self.kind]
+    shard: str
+    key: str
+    parts: dict[str, bytes]
+    original: tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawSample:
-    """One sample as stored.
+    """One sample.
 
     Attributes:
-        key: its name in the shard.
+        shard, key: where it comes from.
         image: the encoded picture.
-        text: of image_text sources, else None.
+        text: of image_text sources ("" where it has none), else None.
         category: class index of image_category sources, else None.
-        meta: the `.json` part, {} if there is none.
+        original: as in Encoded.
+        meta: the `.json` part where it was asked for, else {}.
     """
 
+    shard: str
     key: str
     image: bytes
-    text: str | None = None
-    category: int | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One shard of a source: name below data.root, size in bytes, eligible samples, sha256 of its index."""
-
-    name: str
-    path: Path
-    num_bytes: int
-    samples: list[SampleIndex]
-    digest: str
-
-
-class _File:
-    """A descriptor that closes with its last user: leaving the cache never cuts a read in another thread."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+    text: str | None
+    category: int | None
+    original: tuple[int, int]
+    meta: dict[str, Any]
 
 
 class Source:
-    """An open source. Reading is safe from any number of threads.
+    """An open source. Reading is safe from any number of threads; a copy in another process opens its own files.
 
     Attributes:
         name, kind: from its configuration.
-        num_samples: eligible samples: those with an image and the part its kind needs.
+        num_samples: eligible samples (data/manifest.py).
         mean_bytes: mean payload of a sample, bytes, rounded, at least 1.
         shards: in order.
     """
 
-    def __init__(self, config: SourceConfig, shards: Sequence[Shard]) -> None:
-        self.config = config
-        self.name: str = config.name
-        self.kind: Kind = config.kind
-        self.shards = list(shards)
-        self._ends = list(accumulate(len(shard.samples) for shard in self.shards))
-        self.num_samples: int = self._ends[-1]
-        payload = sum(size for shard in self.shards for sample in shard.samples for _, size in sample.parts.values())
-        self.mean_bytes: int = max(1, round(payload / self.num_samples))
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(_File)
+    def __init__(self, config: SourceConfig, manifest: Manifest, storage: Storage, directory: IndexDirectory) -> None:
+        self.config, self.storage, self.directory = config, storage, directory
+        self.name, self.kind = config.name, config.kind
+        self.shards: tuple[ShardRow, ...] = manifest.shards
+        self._ends = np.cumsum([row.eligible for row in self.shards])
+        self.num_samples = int(self._ends[-1])
+        self.mean_bytes: int = max(1, round(sum(row.payload for row in self.shards) / self.num_samples))
+        self._classes = _read_class_map(config, storage)
+        self._indexes = lru_cache(maxsize=OPEN_INDEXES)(self._load)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        manifest = Manifest(source=self.name, eligibility={}, shards=self.shards)
+        return type(self), (self.config, manifest, self.storage, self.directory)
 
     @classmethod
-    def open(cls, config: SourceConfig, root: Path) -> "Source":
-        """Finds and indexes the shards of `config` below `root`.
+    def open(cls, config: SourceConfig, storage: Storage, directory: IndexDirectory) -> "Source":
+        """Finds the shards of `config` and reads, or where they are few makes, their manifest.
 
         Raises:
-            UserError: no such directory or shard, a shard named twice, no eligible sample.
-            ValueError: a damaged shard.
+            UserError: no such directory or shard, a shard named twice or damaged, no eligible sample, no index.
         """
-        shards = [_open_shard(name, root, config) for name in _expand(config, root)]
-        if not any(shard.samples for shard in shards):
-            need = " and ".join(filter(None, ("/".join(IMAGE_EXTENSIONS), config.target_field)))
+        manifest = open_manifest(config, expand(config, storage.root), storage, directory)
+        if not any(row.eligible for row in manifest.shards):
+            need = " and ".join(filter(None, ("/".join(IMAGE_EXTENSIONS), " or ".join(config.target_fields or ()))))
+            chosen = config.filters.model_dump(exclude_none=True)
+            filtered = f" that passes filters {chosen}" if chosen else ""
             where = f"data.sources.{config.name}.shards"
-            raise UserError(f"{where}: got {config.shards}, in which no sample has {need}; needed: at least one")
-        return cls(config, shards)
+            raise UserError(f"{where}: got {config.shards}, where no sample has {need}{filtered}; needed: at least one")
+        return cls(config, manifest, storage, directory)
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def locate(self, id: int) -> tuple[Shard, SampleIndex]:
-        """The shard and the entry of sample `id`."""
+    def locate(self, id: int) -> tuple[int, int]:
+        """(shard number, row in its index) of sample `id`; IndexError where there is none."""
         if not 0 <= id < self.num_samples:
             raise IndexError(f"source {self.name}: got id {id}; needed: 0 to {self.num_samples - 1}")
-        number = bisect.bisect_right(self._ends, id)  # right: shards without samples are passed over
-        shard = self.shards[number]
-        return shard, shard.samples[id - self._ends[number] + len(shard.samples)]
+        number = int(np.searchsorted(self._ends, id, side="right"))  # right: shards without samples are passed over
+        _, rows = self._indexes(number)
+        return number, int(rows[id - int(self._ends[number]) + len(rows)])
 
-    def read(self, id: int) -> RawSample:
-        """Reads sample `id`.
+    def fetch(self, ids: Sequence[int], *, meta: bool = False) -> list[Encoded]:
+        """Reads samples; those that lie together in a shard in one range.
+
+        Args:
+            ids: any; neighbours are found where they follow each other.
+            meta: also the `.json` part.
 
         Raises:
-            IndexError: no such id.
-            ValueError: a broken sample (no UTF-8, a category that is no index, a shard cut short); names it.
+            OutageError: the storage failed or the shard has changed.
         """
-        shard, sample = self.locate(id)
-        file, config = self._open(shard.path), self.config
+        found: list[Encoded] = []
+        run: list[tuple[int, int]] = []
+        for place in [*map(self.locate, ids), (-1, -1)]:
+            if run and place[0] != run[-1][0]:
+                found += self._fetch(run[0][0], [row for _, row in run], meta=meta)
+                run = []
+            run.append(place)
+        return found
 
-        def part(extension: str) -> bytes:
-            return read_part(file.descriptor, *sample.parts[extension])
-
+    def parse(self, encoded: Encoded) -> RawSample:
+        """The text or class of a sample; ValueError naming it where its parts are broken."""
+        config, parts = self.config, encoded.parts
         try:
-            return RawSample(
-                key=sample.key,
-                image=part(next(e for e in IMAGE_EXTENSIONS if e in sample.parts)),
-                text=part(config.caption_field).decode("utf-8").strip() if self.kind == "image_text" else None,
-                category=_category(part(config.category_field)) if self.kind == "image_category" else None,
-                meta=_meta(part("json")) if "json" in sample.parts else {},
-            )
+            meta = _meta(parts["json"]) if "json" in parts else {}
+            text = category = None
+            if self.kind == "image_text":
+                text = self._text(parts, meta)
+            elif self.kind == "image_category":
+                category = self._category(_field(config.category_field, parts, meta))
         except ValueError as error:
-            raise ValueError(f"source {self.name}: sample {sample.key} of {shard.path}: {error}") from error
+            raise ValueError(f"{self._label(encoded)}: {error}") from error
+        return RawSample(
+            shard=encoded.shard,
+            key=encoded.key,
+            image=parts["image"],
+            text=text,
+            category=category,
+            original=encoded.original,
+            meta=meta,
+        )
+
+    def read(self, id: int, *, meta: bool = False) -> RawSample:
+        """One sample; IndexError, ValueError and OutageError as `locate`, `parse` and `fetch`."""
+        return self.parse(self.fetch([id], meta=meta)[0])
+
+    def _label(self, encoded: Encoded) -> str:
+        return f"source {self.name}: sample {encoded.key} of {encoded.shard}"
+
+    def _load(self, number: int) -> tuple[ShardIndex, np.ndarray]:
+        row = self.shards[number]
+        index = load_index(row, self.directory)
+        rows = eligible_rows(index, self.config)
+        if len(rows) != row.eligible:
+            raise UserError(
+                f"shard {row.name}: {len(rows)} eligible samples, manifest {row.eligible}; needed: m3i data index"
+            )
+        return index, rows
+
+    def _fetch(self, number: int, rows: list[int], *, meta: bool) -> list[Encoded]:
+        """Reads rows of one shard."""
+        index, _ = self._indexes(number)
+        shard = self.shards[number]
+        wanted = [self._wanted(index, row, meta=meta) for row in rows]
+        places = [place for parts in wanted for place in parts.values()]
+        begin, end = min(o for o, _ in places), max(o + s for o, s in places)
+        if sum(s for _, s in places) >= DENSE * (end - begin):
+            data = self.storage.read(shard.name, begin, end - begin, mark=shard.mark)
+            content = [{e: data[o - begin : o - begin + s] for e, (o, s) in parts.items()} for parts in wanted]
+        elif len(rows) > 1:
+            return [self._fetch(number, [row], meta=meta)[0] for row in rows]
+        else:
+            read = self.storage.read
+            content = [{e: read(shard.name, o, s, mark=shard.mark) for e, (o, s) in wanted[0].items()}]
+        original = (index.columns["original_width"], index.columns["original_height"])
+        return [
+            Encoded(
+                shard=shard.name,
+                key=index.key(row),
+                parts=parts,
+                original=(int(original[0][row]), int(original[1][row])),
+            )
+            for row, parts in zip(rows, content, strict=True)
+        ]
+
+    def _wanted(self, index: ShardIndex, row: int, *, meta: bool) -> dict[str, tuple[int, int]]:
+        fields = self.config.target_fields or []
+        places = {"image": next(p for e in IMAGE_EXTENSIONS if (p := index.part(row, e)))}
+        extensions = {"json" if field.startswith(JSON_FIELD) else field for field in fields} | (
+            {"json"} if meta else set()
+        )
+        places |= {e: place for e in extensions if (place := index.part(row, e)) is not None}
+        longest = LONGEST_CAPTION if self.kind == "image_text" else None
+        return {
+            e: (o, min(s, longest)) if longest and e in self.config.captions else (o, s) for e, (o, s) in places.items()
+        }
+
+    def _text(self, parts: dict[str, bytes], meta: dict[str, Any]) -> str:
+        for field in self.config.captions:
+            # A text cut at LONGEST_CAPTION may end inside a character.
+            value = _field(field, parts, meta)
+            text = value.decode("utf-8", "ignore" if len(value) == LONGEST_CAPTION else "strict") if value else ""
+            if self.config.caption_clean:
+                text = _TAG.sub(" ", html.unescape(unquote_plus(text)))
+            if text := text.strip():
+                return text
+        return ""
+
+    def _category(self, value: bytes | None) -> int:
+        if value is None:
+            raise ValueError(f"no {self.config.category_field}")
+        text = value.decode("utf-8").strip()
+        if self._classes is not None:
+            if text not in self._classes:
+                raise ValueError(f"class {text[:80]!r} is not in class_map {self.config.class_map}")
+            return self._classes[text]
+        category = int(text)
+        if category < 0:
+            raise ValueError(f"got category {category}; needed: an index from 0")
+        return category
 
 
-def open_sources(configs: Sequence[SourceConfig], root: Path) -> list[Source]:
+def open_sources(
+    configs: Sequence[SourceConfig], root: str | Path, *, index: str | Path | None = None, retry_s: float = 300.0
+) -> list[Source]:
     """Opens all sources, in the order given.
+
+    Args:
+        root: data.root, a directory or URL.
+        index: directory of indexes; default `.m3i` in the root.
 
     Raises:
         UserError: as `Source.open`; no source; two of one name; a shard that belongs to two sources (its samples would
@@ -197,34 +257,46 @@ def open_sources(configs: Sequence[SourceConfig], root: Path) -> list[Source]:
     """
     if not configs:
         raise UserError("data.sources: got none; needed: at least one")
-    owners: dict[Path, str] = {}
     names: set[str] = set()
     for config in configs:
         if config.name in names:
             raise UserError(f"data.sources: two are named {config.name}; needed: different names")
         names.add(config.name)
-        for name in _expand(config, root):
-            if (other := owners.setdefault((root / name).resolve(), config.name)) != config.name:
-                where = f"data.sources.{config.name}.shards"
-                raise UserError(f"{where}: {name} is also a shard of {other}; needed: one source per shard")
-    return [Source.open(config, root) for config in configs]
+    storage, directory = Storage(root, retry_s=retry_s), IndexDirectory(root, index)
+    sources = [Source.open(config, storage, directory) for config in configs]
+    owners: dict[str, tuple[str, str]] = {}
+    for source in sources:
+        for row in source.shards:
+            if not row.eligible:
+                continue
+            # By content: a copy or a link under another name is the same samples again.
+            other = owners.setdefault(row.checksum, (source.name, row.name))
+            if other != (source.name, row.name):
+                where = f"data.sources.{source.name}.shards"
+                raise UserError(f"{where}: {row.name} is also shard {other[1]} of {other[0]}; needed: every shard once")
+    return sources
 
 
 def manifest_hash(sources: Sequence[Source]) -> str:
-    """sha256 in hexadecimal of what gives every (source, id) its meaning: names, sizes, counts, indexes; no pixels."""
+    """sha256 in hexadecimal of what gives every (source, id) its meaning: names, sizes, counts, checksums."""
     rows = [
-        [source.name, [[shard.name, shard.num_bytes, len(shard.samples), shard.digest] for shard in source.shards]]
+        [source.name, [[shard.name, shard.num_bytes, shard.eligible, shard.checksum] for shard in source.shards]]
         for source in sources
     ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _expand(config: SourceConfig, root: Path) -> list[str]:
-    """Shard names sorted, relative to `root` where they lie below it."""
+def expand(config: SourceConfig, root: str) -> list[str]:
+    """Shard names of a source, sorted: relative to `root`, or URLs.
+
+    Raises:
+        UserError: no such directory, braces that do not close, a pattern that finds nothing, a name twice.
+    """
     where = f"data.sources.{config.name}.shards"
-    if not root.is_dir():
-        raise UserError(f"data.root: got {root}, which is no directory; needed: the directory with the shards")
     patterns = [config.shards] if isinstance(config.shards, str) else config.shards
+    local = not is_url(root)
+    if local and not Path(root).is_dir() and not all(map(is_url, patterns)):
+        raise UserError(f"data.root: got {root}, which is no directory; needed: the directory with the shards")
     names: list[str] = []
     for pattern in patterns:
         try:
@@ -234,38 +306,47 @@ def _expand(config: SourceConfig, root: Path) -> list[str]:
                 f"{where}: got {pattern!r} with unbalanced braces; needed: such as a-{{000000..000003}}.tar"
             ) from None
         for name in expanded:
-            found = glob.glob(name, root_dir=root) if glob.has_magic(name) else [name]
-            if not found or not all((root / path).is_file() for path in found):
+            if not glob.has_magic(name):
+                names.append(name)
+                continue
+            if not local or is_url(name):
+                raise UserError(f"{where}: got {name!r}; needed: braces for remote shards, such as a-{{0..9}}.tar")
+            found = glob.glob(name, root_dir=root)
+            if not found:
                 raise UserError(
-                    f"{where}: got {pattern!r}, but there is no file {root / name}; needed: existing tar files"
+                    f"{where}: got {pattern!r}, but there is no file {Path(root) / name}; needed: tar files"
                 )
             names += found
     if not names:
         raise UserError(f"{where}: got {config.shards!r}; needed: at least one shard")
-    seen: set[Path] = set()
-    for name in names:
-        if (path := (root / name).resolve()) in seen:
+    names.sort()
+    for name, following in pairwise(names):
+        if name == following:
             raise UserError(f"{where}: {name} is listed twice in {config.shards!r}; needed: every shard once")
-        seen.add(path)
-    return sorted(names)
+    return names
 
 
-def _open_shard(name: str, root: Path, config: SourceConfig) -> Shard:
-    index = index_shard(root / name)
-    target = config.target_field
-    samples = [
-        sample
-        for sample in index.samples
-        if not sample.parts.keys().isdisjoint(IMAGE_EXTENSIONS) and (target is None or target in sample.parts)
-    ]
-    return Shard(name=name, path=index.path, num_bytes=index.num_bytes, samples=samples, digest=index.digest())
+def _read_class_map(config: SourceConfig, storage: Storage) -> dict[str, int] | None:
+    if config.class_map is None:
+        return None
+    where = f"data.sources.{config.name}.class_map"
+    path = Path(config.class_map) if is_url(storage.root) else Path(storage.root) / config.class_map
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        classes = {str(label): int(index) for label, index in values.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{where}: got {path} ({error}); needed: a JSON file {{label: class index}}") from None
+    if min(classes.values(), default=-1) < 0:
+        raise UserError(f"{where}: {path} has no labels or a negative index; needed: indexes from 0")
+    return classes
 
 
-def _category(raw: bytes) -> int:
-    category = int(raw)
-    if category < 0:
-        raise ValueError(f"got category {category}; needed: an index from 0")
-    return category
+def _field(name: str, parts: dict[str, bytes], meta: dict[str, Any]) -> bytes | None:
+    """The content of a part or of a key of the .json part."""
+    if not name.startswith(JSON_FIELD):
+        return parts.get(name)
+    value = meta.get(name.removeprefix(JSON_FIELD))
+    return None if value is None else str(value).encode()[:LONGEST_CAPTION]
 
 
 def _meta(raw: bytes) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Legend: N samples, V = 2 views (0 target, 1 other), 4 = (top, left, height, width), 34 = colour affine on RGB.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,19 +25,29 @@ SOLARIZE_ABOVE, NO_SOLARIZE = 0.5, 2.0
 
 
 @dataclass(frozen=True)
-class SampleKey:
-    """What the augmentation of one sample depends on, and nothing else."""
+class SampleKeys:
+    """What the augmentation of N samples depends on, and nothing else: integers, or int64 arrays of one length."""
 
     seed: int
-    epoch: int
-    source: int
-    id: int
-    substitute: int
+    epoch_N: np.ndarray | int
+    source_N: np.ndarray | int
+    id_N: np.ndarray | int
+    substitute_N: np.ndarray | int
 
-    def draws(self, view: int) -> np.ndarray:
-        """NUM_DRAWS uniform numbers for one view."""
-        keys = key(VIEW, self.seed, self.epoch, self.source, self.id, self.substitute, view)
-        return uniform(keys, NUM_DRAWS)[0]
+    def draws(self) -> np.ndarray:
+        """NUM_DRAWS uniform numbers for each of the two views -> (N, V, NUM_DRAWS) float64."""
+        return uniform(self._view_keys(), NUM_DRAWS)
+
+    def mask_keys(self) -> np.ndarray:
+        """One key a sample for its mask -> (N,) uint64."""
+        return key(MASK, self.seed, *self._parts())
+
+    def _view_keys(self) -> np.ndarray:
+        columns = (np.atleast_1d(part)[:, None] for part in self._parts())
+        return key(VIEW, self.seed, *columns, np.arange(2)[None])
+
+    def _parts(self) -> tuple[np.ndarray | int, ...]:
+        return self.epoch_N, self.source_N, self.id_N, self.substitute_N
 
 
 def crop_box(draws: np.ndarray, height: int, width: int, config: ViewConfig) -> tuple[int, int, int, int]:
@@ -44,50 +55,53 @@ def crop_box(draws: np.ndarray, height: int, width: int, config: ViewConfig) -> 
 
     RandomResizedCrop retries a crop that does not fit and in the end takes a central one; here the side that does not
     fit is cut to the image, which needs one set of draws whatever the image's shape.
+
+    Args:
+        draws: (NUM_DRAWS,) of one view of one sample.
     """
     low, high = config.crop_scale
-    area = height * width * (low + (high - low) * draws[AREA])
-    log_low, log_high = np.log(config.crop_ratio)
-    ratio = np.exp(log_low + (log_high - log_low) * draws[RATIO])
-    w = min(width, max(1, round(float(np.sqrt(area * ratio)))))
-    h = min(height, max(1, round(float(np.sqrt(area / ratio)))))
+    area = height * width * (low + (high - low) * float(draws[AREA]))
+    log_low, log_high = math.log(config.crop_ratio[0]), math.log(config.crop_ratio[1])
+    ratio = math.exp(log_low + (log_high - log_low) * float(draws[RATIO]))
+    w = min(width, max(1, round(math.sqrt(area * ratio))))
+    h = min(height, max(1, round(math.sqrt(area / ratio))))
     return int(draws[TOP] * (height - h + 1)), int(draws[LEFT] * (width - w + 1)), h, w
 
 
-def colour_affine(draws: np.ndarray, grey_mean: float, config: ViewConfig) -> np.ndarray:
-    """The view's colour change as one affine map (3, 4) on RGB in [0, 1].
+def colour_affine(draws_ND: np.ndarray, grey_mean_N: np.ndarray, config: ViewConfig) -> np.ndarray:
+    """The colour change of one view of N samples as affine maps on RGB in [0, 1] -> (N, 3, 4) float32.
 
     Brightness, contrast about the crop's grey mean, saturation, hue (a rotation in YIQ), then greyscale. The mean is
     that of the crop before brightness, so it is scaled by the brightness first.
 
     Args:
-        grey_mean: mean luma of the crop, in [0, 1].
+        grey_mean_N: mean luma of each crop, in [0, 1].
     """
-    matrix = np.eye(4)
-    if draws[JITTER] < config.jitter_probability:
-        brightness, contrast, saturation = (
-            1 + s * (2 * draws[d] - 1) for s, d in zip(config.jitter, (BRIGHTNESS, CONTRAST, SATURATION), strict=False)
-        )
-        angle = 2 * np.pi * config.jitter[3] * (2 * draws[HUE] - 1)
-        matrix = _linear(brightness * np.eye(3)) @ matrix
-        matrix = _linear(contrast * np.eye(3), (1 - contrast) * brightness * grey_mean) @ matrix
-        matrix = _linear(saturation * np.eye(3) + (1 - saturation) * LUMA) @ matrix
-        matrix = _linear(hue_rotation(angle)) @ matrix
-    if draws[GREY] < config.grey:
-        matrix = _linear(np.tile(LUMA, (3, 1))) @ matrix
-    return matrix[:3].astype(np.float32)
+    draw = np.ascontiguousarray(draws_ND.T)
+    jittered = draw[JITTER] < config.jitter_probability
+    factors = [
+        np.where(jittered, 1 + strength * (2 * draw[place] - 1), 1.0)
+        for strength, place in zip(config.jitter, (BRIGHTNESS, CONTRAST, SATURATION), strict=False)
+    ]
+    brightness, contrast, saturation = (factor[:, None, None] for factor in factors)
+    angle = np.where(jittered, 2 * np.pi * config.jitter[3] * (2 * draw[HUE] - 1), 0.0)
+    matrix = brightness * np.eye(3, 4)
+    offset = (1 - contrast) * brightness * grey_mean_N[:, None, None]
+    matrix = contrast * matrix + offset * np.array([0.0, 0, 0, 1])
+    # Maps without an offset of their own act on the offset column as on a colour.
+    matrix = (saturation * np.eye(3) + (1 - saturation) * LUMA) @ matrix
+    matrix = np.where((jittered & (config.jitter[3] > 0))[:, None, None], hue_rotation(angle) @ matrix, matrix)
+    grey = draw[GREY] < config.grey
+    return np.where(grey[:, None, None], np.tile(LUMA, (3, 1)) @ matrix, matrix).astype(np.float32)
 
 
-def hue_rotation(angle: float) -> np.ndarray:
-    """Rotation of the chroma plane by `angle` radians as a 3x3 map on RGB; luma is unchanged."""
-    cos, sin = np.cos(angle), np.sin(angle)
-    return np.linalg.inv(TO_YIQ) @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ TO_YIQ
-
-
-def _linear(matrix_33: np.ndarray, offset: float = 0.0) -> np.ndarray:
-    out = np.eye(4)
-    out[:3, :3], out[:3, 3] = matrix_33, offset
-    return out
+def hue_rotation(angle_N: np.ndarray) -> np.ndarray:
+    """Rotations of the chroma plane by `angle_N` radians as maps on RGB -> (N, 3, 3); luma is unchanged."""
+    cos, sin = np.cos(angle_N), np.sin(angle_N)
+    turn = np.zeros((*np.shape(angle_N), 3, 3))
+    turn[..., 0, 0] = 1
+    turn[..., 1, 1], turn[..., 1, 2], turn[..., 2, 1], turn[..., 2, 2] = cos, -sin, sin, cos
+    return np.linalg.inv(TO_YIQ) @ turn @ TO_YIQ
 
 
 def blur_sigma(draws: np.ndarray, image_size: int, config: ViewConfig) -> float:
@@ -114,14 +128,18 @@ class MaskSpec:
     mix_block: int | None = None
 
 
-def draw_mask(sample: SampleKey, spec: MaskSpec) -> np.ndarray:
-    """cells x cells booleans with exactly round(ratio * cells^2) True (visible), the others at random places."""
+def draw_masks(keys_N: np.ndarray, spec: MaskSpec) -> np.ndarray:
+    """(N, cells, cells) booleans, each with exactly round(ratio * cells^2) True (visible), the others at random places.
+
+    Args:
+        keys_N: SampleKeys.mask_keys().
+    """
     size = spec.cells**2
-    keys = key(MASK, sample.seed, sample.epoch, sample.source, sample.id, sample.substitute)
     visible = round(spec.ratio * size)
     if spec.blockwise:
-        return ~_blocks(keys, spec.cells, hidden=size - visible)
-    return (feistel(np.arange(size), size, keys) < visible).reshape(spec.cells, spec.cells)
+        return ~np.stack([_blocks(keys_N[i : i + 1], spec.cells, hidden=size - visible) for i in range(len(keys_N))])
+    places = feistel(np.arange(size)[None], size, keys_N[:, None])
+    return (places < visible).reshape(-1, spec.cells, spec.cells)
 
 
 def _blocks(keys: np.ndarray, cells: int, *, hidden: int) -> np.ndarray:

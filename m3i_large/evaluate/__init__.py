@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from m3i_large.data.sources import Kind
+from m3i_large.data.source_config import Kind
 from m3i_large.errors import UserError
 from m3i_large.evaluate.features import Features, Samples, encode, read_samples
 from m3i_large.evaluate.kinds import KINDS, Values, accuracies, categories_chance

@@ -1,5 +1,6 @@
 """Pictures, names and labels of a directory of shards, and what a model makes of them."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from m3i_large.data.decode import decode_rgb
 from m3i_large.data.index import index_shard
-from m3i_large.data.sources import Kind, SourceConfig, open_sources
+from m3i_large.data.manifest import IndexDirectory
+from m3i_large.data.source_config import Kind, SourceConfig
+from m3i_large.data.sources import Source
+from m3i_large.data.storage import Storage
 from m3i_large.data.tokenizer import Tokenizer
 from m3i_large.errors import UserError
 from m3i_large.objective import Objective
@@ -68,15 +72,9 @@ def read_samples(directory: Path, kind: Kind, *, image_size: int) -> Samples:
     """
     if not directory.is_dir():
         raise UserError(f"--data: got {directory}, which is no directory; needed: one with .tar shards")
-    names = sorted(path.name for path in directory.glob("*.tar"))
-    needed = {"image_text": "txt", "image_category": "cls"}.get(kind)
-    fitting = [n for n in names if any(needed is None or needed in s.parts for s in index_shard(directory / n).samples)]
-    if not fitting:
-        raise UserError(
-            f"--data: got {directory}, which has no .tar shard with .{needed or 'json'}; needed: at least one"
-        )
-    (source,) = open_sources([SourceConfig(name="evaluation", kind=kind, shards=fitting)], directory)
-    raws = [source.read(i) for i in range(source.num_samples)]
+    with tempfile.TemporaryDirectory() as index:  # never writes beside somebody's data
+        source = _open(directory, kind, Path(index))
+        raws = [source.read(i, meta=True) for i in range(source.num_samples)]
     pixels = [_resize(decode_rgb(raw.image), image_size) for raw in raws]
     return Samples(
         pixels_NHWC=torch.from_numpy(np.stack(pixels)),
@@ -84,6 +82,20 @@ def read_samples(directory: Path, kind: Kind, *, image_size: int) -> Samples:
         labels_N=torch.tensor([raw.category for raw in raws if raw.category is not None], dtype=torch.int64),
         meta=[raw.meta for raw in raws],
     )
+
+
+def _open(directory: Path, kind: Kind, index: Path) -> Source:
+    """All shards of a directory that have what `kind` needs, as one source."""
+    names = sorted(path.name for path in directory.glob("*.tar"))
+    needed = {"image_text": "txt", "image_category": "cls"}.get(kind)
+    storage = Storage(directory)
+    fitting = [n for n in names if needed is None or index_shard(n, storage).has(needed).any()]
+    if not fitting:
+        raise UserError(
+            f"--data: got {directory}, which has no .tar shard with .{needed or 'json'}; needed: at least one"
+        )
+    config = SourceConfig(name="evaluation", kind=kind, shards=fitting)
+    return Source.open(config, storage, IndexDirectory(directory, index))
 
 
 def _resize(image_HWC: np.ndarray, size: int) -> np.ndarray:
@@ -114,7 +126,7 @@ def encode(
     logit_NC = objective.category_head(pooled_NE) if objective.category_head is not None else None
     if objective.text_head is None or not samples.captions:
         return Features(pooled_NE, mean_ND, logit_NC=logit_NC)
-    tokens = Tokenizer(context_length=recipe.text.context_length).encode(samples.captions)
+    tokens = torch.from_numpy(Tokenizer(context_length=recipe.text.context_length).encode(samples.captions))
     text_NW = torch.cat([objective.text(chunk) for chunk in tokens.split(BATCH)])
     image_NF, text_NF, _ = objective.text_head(pooled_NE, text_NW)
     return Features(pooled_NE, mean_ND, F.normalize(image_NF, dim=-1), F.normalize(text_NF, dim=-1), logit_NC)

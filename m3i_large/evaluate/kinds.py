@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m3i_large.data.sources import Kind
+from m3i_large.data.source_config import Kind
 from m3i_large.errors import UserError
 from m3i_large.evaluate.features import Features, Samples
 from m3i_large.evaluate.ranking import averaged, chance_recalls, matches, recalls

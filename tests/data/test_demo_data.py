@@ -26,7 +26,8 @@ from m3i_large.data.drawings import (
     read_concepts,
     read_group_names,
 )
-from m3i_large.data.sources import RawSample, Source, SourceConfig
+from m3i_large.data.source_config import SourceConfig
+from m3i_large.data.sources import RawSample, open_sources
 from m3i_large.errors import UserError
 
 LIMIT, SIZE = 700, 24
@@ -41,8 +42,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoSummary:
 
 def samples_of(demo: DemoSummary, split: str, source: str) -> list[RawSample]:
     kind = "image_category" if source == "category" else "image_text"
-    opened = Source.open(SourceConfig(name=source, kind=kind, shards=f"{split}/{source}-*.tar"), demo.root)
-    return [opened.read(i) for i in range(len(opened))]
+    config = SourceConfig(name=source, kind=kind, shards=f"{split}/{source}-*.tar")
+    (opened,) = open_sources([config], demo.root, index=demo.root.parent / "index")
+    return [opened.read(i, meta=True) for i in range(len(opened))]
 
 
 def concept_in(family: str, name: str, *, code: str = "1") -> Concept:

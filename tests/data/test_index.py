@@ -1,16 +1,25 @@
 """The shard index against webdataset, and against damaged files."""
 
+import gzip
 import io
-import os
+import json
+import re
 import tarfile
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shards import fake_image, write_tar
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from m3i_large.data.index import index_shard, read_part
+from m3i_large.data.index import Flag, ShardIndex, index_shard
+from m3i_large.data.storage import Storage
+from m3i_large.data.tar import Window, members
+from m3i_large.errors import UserError
 
 NAMES = st.sampled_from(
     [
@@ -21,24 +30,18 @@ NAMES = st.sampled_from(
 )  # fmt: skip
 
 
-def write_tar(path: Path, members: list[tuple[str, bytes]], *, tar_format: int = tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+def index(path: Path) -> ShardIndex:
+    return index_shard(path.name, Storage(path.parent))
 
 
 def read_all(path: Path) -> list[dict[str, object]]:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        return [
-            {"__key__": s.key} | {extension: read_part(file, *part) for extension, part in s.parts.items()}
-            for s in index_shard(path).samples
-        ]
-    finally:
-        os.close(file)
+    found, data = index(path), path.read_bytes()
+    assert not found.damage
+    return [
+        {"__key__": found.key(row)}
+        | {e: data[p[0] : p[0] + p[1]] for e in found.extensions if (p := found.part(row, e)) is not None}
+        for row in range(len(found))
+    ]
 
 
 def read_by_webdataset(path: Path) -> list[dict[str, object]]:
@@ -103,56 +106,129 @@ def test_directories_and_links_are_skipped(tmp_path: Path) -> None:
     assert read_all(path) == [{"__key__": "a", "jpg": b"abc"}]
 
 
-def test_a_cut_shard_is_refused_wherever_it_was_cut(tmp_path: Path) -> None:
-    whole = write_tar(
-        tmp_path / "whole.tar", [("a.jpg", b"x" * 700), ("a.txt", b"y"), ("b.jpg", b"z" * 512)]
-    ).read_bytes()
-    needed = 512 + 1024 + 512 + 512 + 512 + 512 + 1024  # headers, padded payloads, end blocks; the rest is filling
+def test_a_cut_shard_is_told_wherever_it_was_cut_and_keeps_what_is_whole(tmp_path: Path) -> None:
+    members = [("a.jpg", b"x" * 700), ("a.txt", b"y"), ("b.jpg", b"z" * 512), ("b.txt", b"w"), ("c.jpg", b"v")]
+    whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
+    ends = {key: index(tmp_path / "whole.tar").columns["sample_offset"][i + 1] for i, key in enumerate("abc")}
+    needed = int(ends["c"]) + 1024  # end blocks; the rest is filling
     cut = tmp_path / "cut.tar"
     cut.write_bytes(whole[:needed])
-    assert len(index_shard(cut).samples) == 2
-    for size in sorted({0, 1, 511, 512, *range(0, needed, 100), needed - 1}):
+    assert not index(cut).damage and len(index(cut)) == 3
+    for size in sorted({1536, *range(1600, needed, 100), needed - 512, needed - 1}):
         cut.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=rf"shard {cut}: .* at byte \d+; needed"):
-            index_shard(cut)
+        found = index(cut)
+        assert re.search(r" at byte \d+$", found.damage), size
+        keys = [found.key(row) for row in range(len(found))]
+        # A sample is whole if it has as many parts as the one before it; c, with fewer, cannot be told from a cut one.
+        assert keys == (["a", "b"] if size >= ends["b"] else ["a"] if size >= ends["a"] + 1024 else []), size
+    for size in (0, 1, 511, 512, 1023, 1535):
+        cut.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=rf"shard {cut}: the file ends .* at byte 0; needed: an uncompressed tar"):
+            index(cut)
 
 
-def test_a_damaged_header_is_no_silent_end(tmp_path: Path) -> None:
+def test_bytes_after_the_end_are_told(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("a.jpg", b"x"), ("b.jpg", b"y")])
+    path.write_bytes(path.read_bytes() + b"?")
+    assert "no multiple of 512" in index(path).damage
+
+
+@pytest.mark.parametrize("place", [5, 130, 150, 300])
+def test_a_damaged_header_is_no_silent_end(tmp_path: Path, place: int) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.jpg", b"x") for i in range(6)])
     data = bytearray(path.read_bytes())
-    data[1024 + 5] ^= 0xFF
+    data[3 * 1024 + place] ^= 0x11
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="a damaged header at byte 1024"):
-        index_shard(path)
+    found = index(path)
+    assert found.damage == "a damaged header at byte 3072"
+    assert [found.key(row) for row in range(len(found))] == ["0", "1", "2"]
 
 
-def test_a_compressed_shard_is_refused(tmp_path: Path) -> None:
+def test_no_tar_at_all_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.jpg"))
-    with pytest.raises(ValueError, match="uncompressed tar"):
-        index_shard(path)
+    with pytest.raises(UserError, match=r"at byte 0; needed: an uncompressed tar file"):
+        index(path)
+    with pytest.raises(UserError, match=r"absent\.tar: No such file or directory; needed: a tar file"):
+        index(tmp_path / "absent.tar")
+    with pytest.raises(UserError, match=r"d: not a file; needed"):
+        (tmp_path / "d").mkdir()
+        index(tmp_path / "d")
 
 
-def test_reading_past_the_end_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_bytes(b"0123456789")
-    file = os.open(path, os.O_RDONLY)
-    assert read_part(file, 2, 3) == b"234" and read_part(file, 0, 0) == b""
-    with pytest.raises(ValueError, match="the file ends: got 2 bytes at byte 8; needed: 5"):
-        read_part(file, 8, 5)
-    os.close(file)
-
-
-def test_the_digest_sees_order_names_and_places(tmp_path: Path) -> None:
-    variants = [
-        [("a.jpg", b"1"), ("b.jpg", b"2")],
-        [("b.jpg", b"1"), ("a.jpg", b"2")],
-        [("a.jpg", b"1"), ("b.png", b"2")],
-        [("a.jpg", b"1"), ("b.jpg", b"22")],
-        [("a.jpg", b"1")],
+def test_sizes_classes_and_columns_are_read_on_the_way(tmp_path: Path) -> None:
+    jpeg = cv2.imencode(".jpg", np.zeros((50, 70, 3), np.uint8))[1].tobytes()
+    exif = jpeg[:2] + b"\xff\xe1\xff\xff" + bytes(65533) + jpeg[2:]  # the size comes after 64 KB
+    meta = {"original_width": 640, "original_height": 480, "NSFW": "UNLIKELY", "similarity": 0.31}
+    members = [
+        ("a.jpg", jpeg), ("a.cls", b" 7\n"), ("a.json", json.dumps(meta).encode()),
+        ("b.jpg", exif), ("b.cls", b"cat"), ("b.json", b"[1]"),
+        ("c.png", gzip.compress(cv2.imencode(".png", np.zeros((5, 6, 3), np.uint8))[1].tobytes())), ("c.json", b"{}"),
+        ("d.webp", b"what is this"), ("d.cls", b""),
+        ("e.txt", b"no picture"),
+        ("a.jpg", fake_image(width=3, height=4)), ("a.json", b'{"NSFW": "NSFW", "similarity": "high"}'),
+    ]  # fmt: skip
+    found = index(write_tar(tmp_path / "a.tar", members))
+    c = found.columns
+    assert list(zip(c["width"].tolist(), c["height"].tolist(), strict=True)) == [
+        (70, 50), (70, 50), (6, 5), (0, 0), (0, 0), (3, 4),
+    ]  # fmt: skip
+    assert c["category"].tolist() == [7, -1, -1, -1, -1, -1]
+    assert c["original_width"].tolist() == [640, 0, 0, 0, 0, 0] and c["original_height"][0] == 480
+    assert np.allclose(c["similarity"], [0.31, *[np.nan] * 5], equal_nan=True)
+    assert [(None, *found.nsfw_values)[code] for code in c["nsfw"]] == ["UNLIKELY", None, None, None, None, "NSFW"]
+    assert [Flag(f) for f in c["flags"].tolist()] == [
+        Flag(0),
+        Flag.BAD_JSON,
+        Flag.GZIPPED,
+        Flag.NO_HEADER | Flag.EMPTY_PART,
+        Flag.NO_IMAGE,
+        Flag.DUPLICATE_KEY,
     ]
-    digests = [index_shard(write_tar(tmp_path / f"{i}.tar", members)).digest() for i, members in enumerate(variants)]
-    assert len(set(digests)) == len(variants)
-    again = index_shard(write_tar(tmp_path / "again.tar", variants[0]))
-    assert again.digest() == digests[0] and again.num_bytes == again.path.stat().st_size
+
+
+def test_odd_names_are_flagged(tmp_path: Path) -> None:
+    names = ["ok.jpg", "../up.jpg", "/root.jpg", "a\\b.jpg", "a..b.jpg", "caf\udce9.jpg", "café.jpg", "x/../y.jpg"]
+    found = index(write_tar(tmp_path / "a.tar", [(name, fake_image()) for name in names]))
+    bad_path = {"../up", "/root", "a\\b", "x/../y"}
+    flags = {found.key(row): Flag(int(found.columns["flags"][row])) for row in range(len(found))}
+    # ".." before the first letter: webdataset takes what comes before the first dot of the last part as the key
+    assert {key for key, flag in flags.items() if Flag.PATH_LIKE in flag} == bad_path
+    assert {key for key, flag in flags.items() if Flag.NOT_UTF8 in flag} == {"caf\\xe9"}
+
+
+def test_an_index_survives_its_file_and_a_broken_file_is_none(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", fake_image()), ("a.txt", b"t"), ("b.jpg", fake_image())])
+    first, file = index(path), tmp_path / "sub" / "a.index"
+    first.save(file)
+    again = ShardIndex.load(file)
+    assert again is not None and again.columns.keys() == first.columns.keys()
+    assert all((again.columns[name] == column).all() or name == "similarity" for name, column in first.columns.items())
+    same = ("stat", "checksum", "extensions", "damage", "nsfw_values")
+    assert [getattr(again, name) for name in same] == [getattr(first, name) for name in same]
+    assert [p.name for p in file.parent.iterdir()] == ["a.index"]
+    file.write_bytes(file.read_bytes()[:-3])
+    assert ShardIndex.load(file) is None and ShardIndex.load(tmp_path / "none") is None
+
+
+def test_the_checksum_sees_every_byte(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", fake_image(bytes(3000))), ("b.jpg", fake_image(b"2"))])
+    first = index(path)
+    assert first.checksum == xxhash.xxh3_128_hexdigest(path.read_bytes()) == index(path).checksum
+    data = bytearray(path.read_bytes())
+    data[2000] ^= 1
+    path.write_bytes(data)
+    assert index(path).checksum != first.checksum
+
+
+@pytest.mark.parametrize("chunk", [512, 700, 5000])
+def test_small_pieces_give_the_same_members(tmp_path: Path, chunk: int) -> None:
+    names = [("a.jpg", bytes(900)), ("n" * 200 + ".txt", b"1"), ("b.jpg", bytes(1))]
+    data = write_tar(tmp_path / "a.tar", names).read_bytes()
+    seen: list[bytes] = []
+    window = Window(lambda o, s: data[o : o + s], len(data), seen=seen.append, chunk=chunk)
+    found = [(m.name.decode(), m.offset, m.size) for m in members(window)]
+    window.drain()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert found == [(m.name, m.offset_data, m.size) for m in tar] and b"".join(seen) == data

@@ -1,8 +1,6 @@
 """Sources: order, what is read, and one clear line for every mistake."""
 
-import io
 import os
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -10,30 +8,21 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from shards import fake_image, pair, write_shard
 
-from m3i_large.data.sources import OPEN_SHARDS, Source, SourceConfig, manifest_hash, open_sources
-from m3i_large.errors import UserError
-
-
-def write_shard(path: Path, samples: list[dict[str, bytes | str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for sample in samples:
-            for extension, value in sample.items():
-                if extension == "key":
-                    continue
-                data = value if isinstance(value, bytes) else value.encode()
-                info = tarfile.TarInfo(f"{sample['key']}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
-
-def pair(key: str, **parts: str) -> dict[str, bytes | str]:
-    return {"key": key, "jpg": f"image of {key}".encode()} | (parts or {"txt": f" text of {key}\n"})
+from m3i_large.data.manifest import IndexDirectory, build_manifest
+from m3i_large.data.source_config import SourceConfig
+from m3i_large.data.sources import Source, expand, manifest_hash, open_sources
+from m3i_large.data.storage import OPEN_FILES, Storage
+from m3i_large.errors import OutageError, UserError
 
 
 def config(**values: Any) -> SourceConfig:
     return SourceConfig.model_validate({"name": "s", "kind": "image_text", "shards": "*.tar"} | values)
+
+
+def open_source(chosen: SourceConfig, root: Path) -> Source:
+    return open_sources([chosen], root)[0]
 
 
 @pytest.fixture
@@ -46,13 +35,13 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_ids_follow_the_shards_sorted_by_name(root: Path) -> None:
-    source = Source.open(config(shards=["b-{000001..000000}.tar", "a.tar"]), root)
+    source = open_source(config(shards=["b-{000001..000000}.tar", "a.tar"]), root)
     assert [shard.name for shard in source.shards] == ["a.tar", "b-000000.tar", "b-000001.tar"]
     samples = [source.read(i) for i in range(len(source))]
     assert [s.key for s in samples] == ["u", "x", "y"] and source.num_samples == 3
-    assert samples[1].image == b"image of x" and samples[1].text == "text of x"
+    assert samples[1].image == fake_image("image of x") and samples[1].text == "text of x"
     assert samples[1].category is None and samples[1].meta == {}
-    assert source.mean_bytes == len(b"image of x") + len(" text of x\n")
+    assert source.mean_bytes == len(fake_image("image of x")) + len(" text of x\n")
     for bad in (-1, 3):
         with pytest.raises(IndexError, match=f"got id {bad}; needed: 0 to 2"):
             source.read(bad)
@@ -64,9 +53,9 @@ def test_ids_follow_the_shards_sorted_by_name(root: Path) -> None:
 def test_braces_globs_and_lists(root: Path, shards: str | list[str]) -> None:
     if shards == "{b,b}-000001.tar":
         with pytest.raises(UserError, match=r"b-000001\.tar is listed twice"):
-            Source.open(config(shards=shards), root)
+            open_source(config(shards=shards), root)
     else:
-        assert len(Source.open(config(shards=shards), root)) == 3
+        assert len(open_source(config(shards=shards), root)) == 3
 
 
 def test_kinds_read_what_they_need_and_count_only_whole_samples(root: Path) -> None:
@@ -75,7 +64,7 @@ def test_kinds_read_what_they_need_and_count_only_whole_samples(root: Path) -> N
         [pair("a"), pair("b", cls="12"), {"key": "c", "txt": "no image"}, pair("d", txt="t", cls="0", json="{}")],
     )
     by_kind = {
-        kind: Source.open(config(kind=kind, shards="m.tar"), root) for kind in ("image_text", "image_category", "image")
+        kind: open_source(config(kind=kind, shards="m.tar"), root) for kind in ("image_text", "image_category", "image")
     }
     assert {k: [s.read(i).key for i in range(len(s))] for k, s in by_kind.items()} == {
         "image_text": ["a", "d"],
@@ -84,15 +73,15 @@ def test_kinds_read_what_they_need_and_count_only_whole_samples(root: Path) -> N
     }
     assert [by_kind["image_category"].read(i).category for i in range(2)] == [12, 0]
     assert by_kind["image_category"].read(1).text is None and by_kind["image"].read(2).category is None
-    named = Source.open(config(kind="image_category", shards="sub/c.tar", category_field="cls"), root)
-    assert named.read(0).meta == {"concept": "1f600"}
+    named = open_source(config(kind="image_category", shards="sub/c.tar", category_field="cls"), root)
+    assert named.read(0, meta=True).meta == {"concept": "1f600"} and named.read(0).meta == {}
 
 
 def test_fields_can_have_other_names(root: Path) -> None:
     write_shard(root / "n.tar", [pair("a", **{"alt.txt": "other", "label": "7"})])
-    assert Source.open(config(shards="n.tar", caption_field="alt.txt"), root).read(0).text == "other"
+    assert open_source(config(shards="n.tar", captions=["alt.txt"]), root).read(0).text == "other"
     assert (
-        Source.open(config(shards="n.tar", kind="image_category", category_field="label"), root).read(0).category == 7
+        open_source(config(shards="n.tar", kind="image_category", category_field="label"), root).read(0).category == 7
     )
 
 
@@ -101,15 +90,15 @@ def test_fields_can_have_other_names(root: Path) -> None:
     [
         (
             {"shards": "none-*.tar"},
-            r"data\.sources\.s\.shards: got 'none-\*\.tar', but there is no file .*; needed: existing tar files",
+            r"data\.sources\.s\.shards: got 'none-\*\.tar', but there is no file .*; needed: tar files",
         ),
-        ({"shards": "b-{000000..000002}.tar"}, r"no file .*b-000002\.tar; needed"),
+        ({"shards": "b-{000000..000002}.tar"}, r"shard .*b-000002\.tar: No such file.*; needed"),
         ({"shards": "b-{000000..00"}, "unbalanced braces; needed"),
         ({"shards": []}, "got \\[\\]; needed: at least one shard"),
-        ({"shards": "sub"}, "no file"),
-        ({"shards": "a.tar"}, r"got a\.tar, in which no sample has .* and txt; needed: at least one"),
+        ({"shards": "sub"}, "shard .*sub: not a file; needed: a tar file"),
+        ({"shards": "a.tar"}, r"got a\.tar, where no sample has .* and txt; needed: at least one"),
         ({"shards": "sub/c.tar"}, "no sample has .* and txt"),
-        ({"shards": ["b-*.tar", "sub/../b-000000.tar"]}, "listed twice"),
+        ({"shards": ["b-*.tar", "sub/../b-000000.tar"]}, r"sub/\.\./b-000000\.tar is also shard b-000000\.tar of s"),
     ],
 )
 def test_mistakes_are_named(root: Path, values: dict[str, Any], message: str) -> None:
@@ -126,7 +115,7 @@ def test_a_missing_root_no_source_two_names_and_shared_shards(root: Path) -> Non
     with pytest.raises(UserError, match="two are named s"):
         open_sources([config(shards="b-000000.tar"), config(shards="b-000001.tar")], root)
     (root / "link.tar").symlink_to(root / "b-000000.tar")
-    with pytest.raises(UserError, match=r"data\.sources\.t\.shards: link\.tar is also a shard of s"):
+    with pytest.raises(UserError, match=r"data\.sources\.t\.shards: link\.tar is also shard b-000000\.tar of s"):
         open_sources([config(shards="b-*.tar"), config(name="t", shards="link.tar")], root)
 
 
@@ -141,32 +130,36 @@ def test_a_missing_root_no_source_two_names_and_shared_shards(root: Path) -> Non
     ],
 )
 def test_a_broken_sample_is_named(tmp_path: Path, parts: dict[str, Any], kind: str, message: str) -> None:
-    write_shard(tmp_path / "a.tar", [pair("good", txt="t", cls="1"), {"key": "bad", "jpg": b"i"} | parts])
-    source = Source.open(config(kind=kind), tmp_path)
+    write_shard(tmp_path / "a.tar", [pair("good", txt="t", cls="1"), {"key": "bad", "jpg": fake_image()} | parts])
+    source = open_source(config(kind=kind), tmp_path)
     assert source.read(0).key == "good"
     with pytest.raises(ValueError, match=f"source s: sample bad of .*a.tar: .*{message}"):
-        source.read(1)
+        source.read(1, meta=True)
 
 
 def test_a_shard_cut_after_opening_is_an_error(root: Path) -> None:
-    source = Source.open(config(shards="b-000001.tar"), root)
+    source = open_source(config(shards="b-000001.tar"), root)
     os.truncate(root / "b-000001.tar", 600)
-    with pytest.raises(ValueError, match=r"sample y of .*the file ends: got 0 bytes"):
+    with pytest.raises(OutageError, match=r"b-000001\.tar: the file ends: got 0 bytes .* see m3i data check"):
         source.read(1)
 
 
 def test_many_threads_many_shards_few_descriptors(tmp_path: Path) -> None:
-    count = OPEN_SHARDS * 2
+    count = OPEN_FILES * 2
     for i in range(count):
         write_shard(tmp_path / f"{i:04d}.tar", [pair(f"{i:04d}")])
-    source = Source.open(config(), tmp_path)
+    chosen, directory = config(), IndexDirectory(tmp_path)
+    with pytest.raises(UserError, match=r"128 shards, no index in .*; needed: m3i data index first"):
+        open_source(chosen, tmp_path)
+    build_manifest(chosen, expand(chosen, str(tmp_path)), Storage(tmp_path), directory, jobs=2)
+    source = open_source(chosen, tmp_path)
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     ids = [(7 * i) % count for i in range(count * 8)]
     with ThreadPoolExecutor(8) as pool:
         samples = list(pool.map(source.read, ids))
-    assert [s.image for s in samples] == [f"image of {i:04d}".encode() for i in ids]
+    assert [s.image for s in samples] == [fake_image(f"image of {i:04d}") for i in ids]
     if before:
-        assert len(os.listdir("/proc/self/fd")) <= before + OPEN_SHARDS
+        assert len(os.listdir("/proc/self/fd")) <= before + OPEN_FILES
 
 
 def test_the_manifest_hash_follows_the_data(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

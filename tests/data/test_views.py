@@ -11,30 +11,32 @@ from torchvision.transforms.v2 import functional as tf
 
 from m3i_large.data import views
 from m3i_large.data.config import ViewConfig
-from m3i_large.data.views import MaskSpec, SampleKey, crop_box, draw_mask, draw_partners
+from m3i_large.data.views import MaskSpec, SampleKeys, crop_box, draw_masks, draw_partners
 from m3i_large.errors import UserError
 
 PLAIN = ViewConfig(jitter_probability=0, grey=0, blur=0, solarize=0, flip=0)
 
 
-def draws(n: int, *, view: int = 0) -> list[np.ndarray]:
-    return [SampleKey(1, 0, 0, i, 0).draws(view) for i in range(n)]
+def draws(n: int, *, view: int = 0) -> np.ndarray:
+    return SampleKeys(1, 0, 0, np.arange(n), 0).draws()[:, view]
 
 
-def test_every_part_of_the_key_matters() -> None:
-    base = SampleKey(1, 2, 3, 4, 5)
-    others = [
-        SampleKey(9, 2, 3, 4, 5),
-        SampleKey(1, 9, 3, 4, 5),
-        SampleKey(1, 2, 9, 4, 5),
-        SampleKey(1, 2, 3, 9, 5),
-        SampleKey(1, 2, 3, 4, 9),
-    ]
-    for other in others:
-        assert not np.isclose(base.draws(0), other.draws(0)).any()
-        assert (draw_mask(base, MaskSpec(cells=8, ratio=0.5)) != draw_mask(other, MaskSpec(cells=8, ratio=0.5))).any()
-    assert not np.isclose(base.draws(0), base.draws(1)).any()
-    assert (base.draws(1) == SampleKey(1, 2, 3, 4, 5).draws(1)).all()
+def test_every_part_of_the_key_matters_and_rows_do_not_see_each_other() -> None:
+    base = SampleKeys(1, 2, 3, 4, 5)
+    spec = MaskSpec(cells=8, ratio=0.5)
+    for place in range(5):
+        other = SampleKeys(*(9 if i == place else v for i, v in enumerate((1, 2, 3, 4, 5))))
+        assert not np.isclose(base.draws(), other.draws()).any()
+        assert (draw_masks(base.mask_keys(), spec) != draw_masks(other.mask_keys(), spec)).any()
+    draws = base.draws()
+    assert draws.shape == (1, 2, views.NUM_DRAWS) and not np.isclose(draws[0, 0], draws[0, 1]).any()
+    columns = [np.array([2, 7, 2]), np.array([3, 3, 1]), np.array([4, 10**9, 4]), np.array([5, 0, 1])]
+    together, blocks = SampleKeys(1, *columns), MaskSpec(cells=8, ratio=0.4, blockwise=True)
+    for i in range(3):
+        alone = SampleKeys(1, *(column[i : i + 1] for column in columns))
+        assert (together.draws()[i] == alone.draws()[0]).all()
+        for chosen in (spec, blocks):
+            assert (draw_masks(together.mask_keys(), chosen)[i] == draw_masks(alone.mask_keys(), chosen)[0]).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 100), (60, 200), (300, 40), (1, 1), (7, 3)])
@@ -70,6 +72,10 @@ def apply(matrix_34: np.ndarray, image: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ck,khw->chw", m[:, :3], image) + m[:, 3, None, None]
 
 
+def affine(d: np.ndarray, grey: float, config: ViewConfig) -> np.ndarray:
+    return views.colour_affine(d[None], np.array([grey]), config)[0]
+
+
 def one_factor(index: int, factor: float) -> tuple[np.ndarray, ViewConfig]:
     """Draws that apply one factor of brightness, contrast or saturation and leave the others at 1."""
     strength = [0.0, 0.0, 0.0, 0.0]
@@ -86,7 +92,7 @@ def test_brightness_contrast_and_saturation_equal_torchvision(index: int, factor
     image = pixels()
     grey = (torch.tensor(views.LUMA)[:, None, None] * image).sum(0).mean().item()
     d, config = one_factor(index, factor)
-    ours = apply(views.colour_affine(d, grey, config), image).clamp(0, 1)
+    ours = apply(affine(d, grey, config), image).clamp(0, 1)
     function = (tf.adjust_brightness, tf.adjust_contrast, tf.adjust_saturation)[index]
     # torchvision's luma weights are rounded to (0.2989, 0.587, 0.114)
     torch.testing.assert_close(ours, function(image, factor), rtol=1e-3, atol=1e-3)
@@ -110,12 +116,13 @@ def test_contrast_after_brightness_is_about_the_brightened_mean() -> None:
     d[views.BRIGHTNESS], d[views.CONTRAST], d[views.JITTER] = 1.0, 0.0, 0.0
     config = ViewConfig(jitter=(0.2, 0.3, 0, 0), jitter_probability=1, grey=0)
     expected = 0.7 * (1.2 * image) + 0.3 * (1.2 * grey)
-    torch.testing.assert_close(apply(views.colour_affine(d, grey, config), image), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(apply(affine(d, grey, config), image), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_probabilities_and_greyscale() -> None:
     config = ViewConfig(jitter_probability=0.8, grey=0.2)
-    matrices = [views.colour_affine(d, 0.5, config) for d in draws(3000)]
+    matrices = views.colour_affine(draws(3000), np.full(3000, 0.5), config)
+    assert (matrices[7] == affine(draws(3000)[7], 0.5, config)).all()
     unchanged = np.mean([np.allclose(m, np.eye(3, 4)) for m in matrices])
     grey = np.mean([np.allclose(m[0], m[1]) and np.allclose(m[1], m[2]) for m in matrices])
     assert unchanged == pytest.approx(0.2 * 0.8, abs=0.02) and grey == pytest.approx(0.2, abs=0.025)
@@ -128,7 +135,7 @@ def test_probabilities_and_greyscale() -> None:
 
 @pytest.mark.parametrize(("cells", "ratio"), [(8, 0.5), (14, 0.5), (4, 0.25), (7, 0.4), (1, 0.9)])
 def test_masks_have_an_exact_size_and_no_preferred_place(cells: int, ratio: float) -> None:
-    masks = np.stack([draw_mask(SampleKey(1, 0, 0, i, 0), MaskSpec(cells=cells, ratio=ratio)) for i in range(800)])
+    masks = draw_masks(SampleKeys(1, 0, 0, np.arange(800), 0).mask_keys(), MaskSpec(cells=cells, ratio=ratio))
     assert (masks.sum((1, 2)) == round(ratio * cells * cells)).all()
     expected = round(ratio * cells * cells) / cells**2
     assert np.abs(masks.mean(0) - expected).max() < 5 * math.sqrt(max(expected * (1 - expected), 1e-9) / 800)
