@@ -107,6 +107,21 @@ def data_demo(root: Annotated[Path, typer.Option(help="Directory to build.")] = 
         build_demo_data(root, progress=show)
 
 
+@data_app.command("audit")
+def data_audit(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directory; or several, each resumed from the one before it, in order.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> int:
+    """Proves that training drew every sample exactly once an epoch (runs with data.audit=true); status 1 if not."""
+    from m3i_large.data.audit import audit_runs
+
+    audit = audit_runs(runs)
+    print(json.dumps(audit.to_dict()) if as_json else audit.to_text())
+    return 0 if audit.proven else 1
+
+
 @app.command("eval")
 def evaluate_command(
     kind: Annotated[
