@@ -186,6 +186,28 @@ def study_command(
     print(json.dumps(rows) if as_json else f"{as_markdown(rows)}\nwritten: {directory}/study.md, .json, .png")
 
 
+@bench_app.command("loader")
+def bench_loader_command(
+    images: Annotated[Path | None, typer.Option(help="Directory of JPEG files (default: generated ones).")] = None,
+    samples: Annotated[int, typer.Option(help="Two-view samples per path and repeat.", min=1)] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Two-view samples per CPU-second, beside torchvision, Pillow and the loader's own bare primitives."""
+    from m3i_large.bench_loader import bench_loader
+
+    result = bench_loader(images, samples=samples)
+    if as_json:
+        print(json.dumps(result))
+        return
+    pictures = result["pictures"]
+    title = f"{pictures['number']} JPEGs of {pictures['mean_bytes'] / 1e3:.0f} KB, two views of 224 x 224"
+    table = Table("path", "CPU ms a sample", "samples per CPU-second", "ours / it", title=title)
+    for row in result["paths"]:
+        ratio = result["ratios"].get(f"ours / {row['path']}", 1.0)
+        table.add_row(row["path"], f"{row['cpu_ms']:.2f}", f"{row['samples_per_cpu_s']:.0f}", f"{ratio:.2f}")
+    Console().print(table)
+
+
 @bench_app.command("step")
 def bench_step_command(
     recipe: Annotated[str, typer.Option(help="Recipe name or file.")] = "demo",
