@@ -32,6 +32,7 @@ study: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python kernels/bench.py
+	$(BIN)/m3i bench loader
 	$(BIN)/m3i bench step
 
 ## On a machine with an NVIDIA GPU, torch and Triton (nothing is installed): are the kernels right and fast there?

@@ -107,6 +107,21 @@ def data_demo(root: Annotated[Path, typer.Option(help="Directory to build.")] = 
         build_demo_data(root, progress=show)
 
 
+@data_app.command("audit")
+def data_audit(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directory; or several, each resumed from the one before it, in order.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> int:
+    """Proves that training drew every sample exactly once an epoch (runs with data.audit=true); status 1 if not."""
+    from m3i_large.data.audit import audit_runs
+
+    audit = audit_runs(runs)
+    print(json.dumps(audit.to_dict()) if as_json else audit.to_text())
+    return 0 if audit.proven else 1
+
+
 @app.command("eval")
 def evaluate_command(
     kind: Annotated[
@@ -169,6 +184,28 @@ def study_command(
     directory = out or Path("runs") / f"study_{Path(study).stem}"
     rows = run_study(load_study(study), ds=ds, out=directory)
     print(json.dumps(rows) if as_json else f"{as_markdown(rows)}\nwritten: {directory}/study.md, .json, .png")
+
+
+@bench_app.command("loader")
+def bench_loader_command(
+    images: Annotated[Path | None, typer.Option(help="Directory of JPEG files (default: generated ones).")] = None,
+    samples: Annotated[int, typer.Option(help="Two-view samples per path and repeat.", min=1)] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Two-view samples per CPU-second, beside torchvision, Pillow and the loader's own bare primitives."""
+    from m3i_large.bench_loader import bench_loader
+
+    result = bench_loader(images, samples=samples)
+    if as_json:
+        print(json.dumps(result))
+        return
+    pictures = result["pictures"]
+    title = f"{pictures['number']} JPEGs of {pictures['mean_bytes'] / 1e3:.0f} KB, two views of 224 x 224"
+    table = Table("path", "CPU ms a sample", "samples per CPU-second", "ours / it", title=title)
+    for row in result["paths"]:
+        ratio = result["ratios"].get(f"ours / {row['path']}", 1.0)
+        table.add_row(row["path"], f"{row['cpu_ms']:.2f}", f"{row['samples_per_cpu_s']:.0f}", f"{ratio:.2f}")
+    Console().print(table)
 
 
 @bench_app.command("step")

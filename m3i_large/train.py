@@ -119,7 +119,9 @@ class Loop:
         """Steps from `start` to the end; saves on the way, at a stop signal and at the end."""
         recipe, engine = self.recipe.train, self.engine
         writer = self._writer()
-        writer.event("resume" if start else "start", step=start, world=self.rank.world)
+        # The order of the sources is that of the audit's source column.
+        sources = [{"name": order.name, "samples": order.n} for order in self.mixture.orders]
+        writer.event("resume" if start else "start", step=start, world=self.rank.world, sources=sources)
         outcome: Outcome = "finished"
         done = start
         for step in range(start, self.steps):

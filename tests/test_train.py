@@ -14,6 +14,7 @@ import webdataset as wds
 from tiny import command, environment, picture, pretrain, recipe, write_data, write_recipe
 
 from m3i_large.checkpoint import Checkpoint, newest
+from m3i_large.data.audit import audit_runs
 from m3i_large.evaluate import KINDS, evaluate
 from m3i_large.metrics import read_metrics, read_rows
 from m3i_large.run import read_exit
@@ -169,6 +170,14 @@ def test_two_ranks_and_accumulation_train_the_same_losses(tiny: Path, data: Path
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, rel=1e-3)
     assert seen(tmp_path / "w1") == seen(tmp_path / "w2")
+    for ranks in (1, 2):
+        audit = audit_runs([tmp_path / f"w{ranks}"])
+        assert audit.proven and audit.steps == 20 and audit.attempts[0]["world"] == ranks, audit.to_text()
+        assert [(s.name, s.draws, s.epochs_finished) for s in audit.sources] == [
+            ("first", 160, 2),
+            ("second", 80, 1),
+            ("labelled", 80, 1),
+        ]
 
 
 @pytest.mark.slow
