@@ -30,15 +30,16 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 from m3i_large.data.config import DataConfig, ViewConfig
-from m3i_large.data.decode import crop_resize, decode_rgb
+from m3i_large.data.decode import crop_resize, decode_rgb, whole_pixels
 from m3i_large.data.loader import Loader
 from m3i_large.data.mixture import Mixture
-from m3i_large.data.sources import SourceConfig, open_sources
-from m3i_large.data.tokenizer import Tokenizer
+from m3i_large.data.producer import LoaderJob
+from m3i_large.data.source_config import SourceConfig
+from m3i_large.data.sources import open_sources
 from m3i_large.data.views import NUM_DRAWS, MaskSpec, crop_box
 from m3i_large.errors import UserError
 
-SIZE, BATCH = 224, 32
+SIZE, BATCH = 224, 128
 PICTURES, REPEATS = 256, 5
 # (height, width) in turn; photos of the usual data sets are mostly 500 x 375 (q90: about 50 KB).
 SHAPES = ((375, 500), (500, 375), (256, 256), (480, 640), (333, 500))
@@ -55,7 +56,7 @@ def bench_loader(
 
     Args:
         images: directory with JPEG files, searched recursively; default: generated pictures.
-        samples: two-view samples per path and repeat, rounded up to whole batches of 32.
+        samples: two-view samples per path and repeat, rounded up to whole batches of 128.
         pictures: how many are generated, or taken from `images` at most.
 
     Returns:
@@ -186,7 +187,10 @@ def _boxes(jpegs: Sequence[bytes]) -> Iterator[tuple[bytes, list[tuple[int, int,
     """The pictures again and again, each with two random crops; drawn beforehand, so that only pixels are timed."""
     rng = np.random.default_rng(0)
     sizes = [simplejpeg.decode_jpeg_header(data)[:2] for data in jpegs]
-    drawn = [[crop_box(rng.random(NUM_DRAWS), height, width, PLAIN) for _ in range(2)] for height, width in sizes]
+    drawn = [
+        [whole_pixels(crop_box(rng.random(NUM_DRAWS), size[0], size[1], PLAIN), SIZE) for _ in range(2)]
+        for size in sizes
+    ]
     return itertools.cycle(zip(jpegs, drawn, strict=True))
 
 
@@ -224,18 +228,18 @@ def _ours(shard: Path, jpegs: Sequence[bytes], *, view: ViewConfig = PLAIN) -> S
     )
     sources = open_sources(config.sources, shard.parent)
     specs = [(s.name, s.num_samples, 1, s.mean_bytes, None) for s in sources]
-    loader = Loader(
-        config,
+    job = LoaderJob(
+        config=config,
         mixture=Mixture.plan(0, sources=specs, global_batch=BATCH),
         sources=sources,
-        tokenizer=Tokenizer(),
+        context_length=77,
         seed=0,
         mask=MaskSpec(cells=SIZE // 16, ratio=0.5),
         rank=0,
         world=1,
         accumulation=1,
     )
-    with loader as stream:
+    with Loader(job) as stream:
         for batch in stream:
             yield len(batch)
 

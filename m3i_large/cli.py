@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Column, Table
 
-from m3i_large.errors import UserError
+from m3i_large.cli_data import data_app
+from m3i_large.errors import OutageError, UserError
 
 app = typer.Typer(
     help="M3I pre-training: recipes, data, evaluation, reports. Every command takes --debug (traceback of an error).",
@@ -24,22 +24,22 @@ app = typer.Typer(
 )
 # What typer raises for a wrong command line; it carries click inside and exports this subclass only.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
 bench_app = typer.Typer(help="Speed.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 
 
 def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
-    """Runs a command; a user's mistake becomes one line on standard error and status 2, anything else status 1."""
+    """Runs a command; a user's mistake becomes one line on standard error and status 2, an outage one and status 1."""
     try:
         return command()
-    except UserError as error:
+    except (UserError, OutageError) as error:
         if debug:
             traceback.print_exc()
-        elif os.environ.get("RANK", "0") == "0":
+        elif isinstance(error, OutageError) or os.environ.get("RANK", "0") == "0":
+            # A mistake is every rank's; an outage may be one's alone.
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
 
 
 def pretrain(arguments: list[str]) -> int:
@@ -89,37 +89,6 @@ def recipes() -> None:
     for name in recipe_names():
         console.print(f"[bold]{name}[/bold]")
         console.print("\n".join(f"  {line}" for line in recipe_header(name).splitlines()), markup=False)
-
-
-@data_app.command("demo")
-def data_demo(root: Annotated[Path, typer.Option(help="Directory to build.")] = Path("data/demo")) -> None:
-    """Builds the embedded data set: two drawing styles of the same things, names and categories."""
-    from m3i_large.data.demo import build_demo_data
-
-    with Progress() as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
-
-        build_demo_data(root, progress=show)
-
-
-@data_app.command("audit")
-def data_audit(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Run directory; or several, each resumed from the one before it, in order.")
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
-) -> int:
-    """Proves that training drew every sample exactly once an epoch (runs with data.audit=true); status 1 if not."""
-    from m3i_large.data.audit import audit_runs
-
-    audit = audit_runs(runs)
-    print(json.dumps(audit.to_dict()) if as_json else audit.to_text())
-    return 0 if audit.proven else 1
 
 
 @app.command("eval")

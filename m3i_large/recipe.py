@@ -1,6 +1,7 @@
 """A recipe: one experiment, the sum of the components' own configurations. The only reader of YAML.
 
-Resolution order: the file named by `extends` (one level), the recipe itself, `scale=demo`, dotted overrides.
+Resolution order: the file named by `extends` (one level), the recipe itself, `scale=demo`, dotted overrides; then the
+ready specs of sources that say `like: NAME` (specs/), under what the recipe sets.
 """
 
 import difflib
@@ -18,6 +19,7 @@ from m3i_large.optim import OptimConfig
 from m3i_large.schedule import MomentumConfig
 
 RECIPES = Path(__file__).parent / "recipes"
+SPECS = Path(__file__).parent / "specs"
 # `scale=demo` takes these from recipes/demo.yaml: model size, data, batch and steps, so that only the objective stays.
 DEMO_SCALE = ("backbone", "text", "decoder", "pool", "data", "train", "optim")
 
@@ -154,6 +156,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
 def validate(values: dict[str, Any]) -> Recipe:
     """Builds a Recipe from plain values; the first problem becomes a UserError of one line."""
+    values = _with_specs(values)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -207,6 +210,21 @@ def _read(name: str) -> dict[str, Any]:
     if name and name != parent.get("backbone", {}).get("name"):
         parent.pop("backbone", None)  # fields of one kind of model mean nothing to another
     return _merge(parent, values)
+
+
+def _with_specs(values: dict[str, Any]) -> dict[str, Any]:
+    """Fills in sources that say `like: NAME` from the ready specs; what they set themselves wins."""
+    data: Any = values.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    if not isinstance(sources, list) or not any(isinstance(s, dict) and "like" in s for s in sources):
+        return values
+    filled = []
+    for source in sources:
+        if isinstance(source, dict) and "like" in source:
+            own = {key: value for key, value in source.items() if key != "like"}
+            source = _merge(read_yaml(locate(str(source["like"]), SPECS, what="data.sources.like")), own)
+        filled.append(source)
+    return {**values, "data": {**data, "sources": filled}}
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

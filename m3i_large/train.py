@@ -230,8 +230,7 @@ class Loop:
             raise RuntimeError(f"the loader gave step {batch.step}.{batch.micro_step}, needed {step}.{micro_step}")
         run = self.directory
         if self.recipe.data.audit:
-            columns = zip(batch.source_N, batch.epoch_N, batch.id_N, batch.substitute_N, strict=True)
-            samples = [[int(value) for value in row] for row in columns]
+            samples = torch.stack([batch.source_N, batch.epoch_N, batch.id_N, batch.substitute_N], 1).tolist()
             name = f"attempt_{run.attempt}_rank_{self.rank.rank}_of_{self.rank.world}.jsonl"
             (run.directory / "audit").mkdir(exist_ok=True)
             append_row(run.directory / "audit" / name, {"step": step, "micro_step": micro_step, "samples": samples})

@@ -54,8 +54,9 @@ def _check_shard(row: ShardRow, *, storage: Storage, directory: IndexDirectory, 
     index = ShardIndex.load(directory.shard(row.name))
     if index is None or index.checksum != row.checksum:
         return [f"its index {directory.shard(row.name)} is missing, damaged or of another version"]
+    damage = [f"damaged: {row.damage}"] if row.damage else []
     if quick:
-        return [f"damaged: {row.damage}"] if row.damage else []
+        return damage
     try:
         now = index_shard(row.name, storage)
     except (UserError, OutageError) as error:

@@ -88,12 +88,21 @@ def crop_resize(
 ) -> np.ndarray:
     """The crop (top, left, height, width) as size x size pixels, in `out` (size, size, 3) if given.
 
-    Area averaging where a side shrinks to less than half (bicubic would alias), bicubic otherwise.
+    Where a side shrinks to half or less it is averaged over whole pixels first (bicubic alone would alias), then
+    bicubic: several times faster than averaging all the way, for sides that `whole_pixels` has trimmed.
     """
     top, left, height, width = box
     crop = image_HWC[top : top + height, left : left + width]
-    shrinks = max(height, width) > 2 * size
-    return cv2.resize(crop, (size, size), dst=out, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    down, across = max(1, height // size), max(1, width // size)
+    if down > 1 or across > 1:
+        crop = cv2.resize(crop, (width // across, height // down), interpolation=cv2.INTER_AREA)
+    return cv2.resize(crop, (size, size), dst=out, interpolation=cv2.INTER_CUBIC)
+
+
+def whole_pixels(box: tuple[int, int, int, int], size: int) -> tuple[int, int, int, int]:
+    """The box with sides that `crop_resize` can average over whole pixels: shorter by less than their shrinkage."""
+    top, left, height, width = box
+    return top, left, height - height % max(1, height // size), width - width % max(1, width // size)
 
 
 def blur(image_HWC: np.ndarray, sigma: float) -> np.ndarray:

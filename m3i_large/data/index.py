@@ -237,7 +237,7 @@ class _Table:
             return
         row[2], row[3] = _size(meta, "original_width"), _size(meta, "original_height")
         row[5] = _float(meta.get("similarity"))
-        if (value := meta.get("NSFW")) is not None:
+        if (value := meta.get("NSFW", meta.get("nsfw"))) is not None:
             row[6] = self.nsfw_values.setdefault(str(value), len(self.nsfw_values) + 1)
             if row[6] > 255:
                 raise ValueError("got 256 different values of NSFW; needed: a column with few")

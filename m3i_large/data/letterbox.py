@@ -23,7 +23,13 @@ def content_size(
 
 
 def content_box(width: int, height: int, original: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the content in a stored picture; the padding is split as evenly as it goes."""
+    """(top, left, height, width) of the content in a stored picture; the padding is split as evenly as it goes.
+
+    A padded side loses one pixel more at each end: JPEG mixes the edge with the padding, and rounding has changed
+    between versions of img2dataset.
+    """
     inner = content_size(*(np.array(v) for v in (width, height, *original)))
     inner_width, inner_height = int(inner[0]), int(inner[1])
-    return (height - inner_height) // 2, (width - inner_width) // 2, inner_height, inner_width
+    across, down = int(3 <= inner_width < width), int(3 <= inner_height < height)
+    top, left = (height - inner_height) // 2 + down, (width - inner_width) // 2 + across
+    return top, left, inner_height - 2 * down, inner_width - 2 * across

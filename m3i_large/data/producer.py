@@ -12,7 +12,7 @@ import numpy as np
 
 from m3i_large.data import views
 from m3i_large.data.config import DataConfig
-from m3i_large.data.decode import blur, crop_resize, decode_rgb
+from m3i_large.data.decode import blur, crop_resize, decode_rgb, whole_pixels
 from m3i_large.data.letterbox import content_box
 from m3i_large.data.mixture import Mixture, MixtureRows
 from m3i_large.data.reader import BlockReader, SampleReader, reads_blocks
@@ -243,7 +243,7 @@ class Producer:
         height, width = image.shape[:2]
         for view, (pixels, chosen) in enumerate(((TARGET, config.target_view), (OTHER, config.other_view))):
             draws, out = pending.draws_NVD[i, view], slot[pixels][i]
-            box = views.crop_box(draws, height, width, chosen)
+            box = whole_pixels(views.crop_box(draws, height, width, chosen), config.image_size)
             crop_resize(image, box, config.image_size, out=out)
             if sigma := views.blur_sigma(draws, config.image_size, chosen):
                 out[:] = blur(out, sigma)

@@ -29,7 +29,8 @@ OPEN_INDEXES = 64
 # Two parts are read as one range if at least this share of it is wanted.
 DENSE = 0.5
 LONGEST_CAPTION = 1 << 16  # bytes; a text tower sees some hundreds
-_TAG = re.compile(r"<[^<>]{0,500}>")
+# HTML as Flickr users write it, and not what else stands in angle brackets, such as CC12M's <PERSON>.
+_TAG = re.compile(r"</?(?:a|b|i|u|p|br|em|img|strong|span|div|font|blockquote|ul|ol|li)\b[^<>]{0,500}>", re.I)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ class Source:
         if not 0 <= id < self.num_samples:
             raise IndexError(f"source {self.name}: got id {id}; needed: 0 to {self.num_samples - 1}")
         number = int(np.searchsorted(self._ends, id, side="right"))  # right: shards without samples are passed over
-        _, rows = self._indexes(number)
+        _, rows = self.index(number)
         return number, int(rows[id - int(self._ends[number]) + len(rows)])
 
     def fetch(self, ids: Sequence[int], *, meta: bool = False) -> list[Encoded]:
@@ -169,6 +170,10 @@ class Source:
     def _label(self, encoded: Encoded) -> str:
         return f"source {self.name}: sample {encoded.key} of {encoded.shard}"
 
+    def index(self, number: int) -> tuple[ShardIndex, np.ndarray]:
+        """The index of a shard and the rows of it that count, kept open for a while."""
+        return self._indexes(number)
+
     def _load(self, number: int) -> tuple[ShardIndex, np.ndarray]:
         row = self.shards[number]
         index = load_index(row, self.directory)
@@ -181,7 +186,7 @@ class Source:
 
     def _fetch(self, number: int, rows: list[int], *, meta: bool) -> list[Encoded]:
         """Reads rows of one shard."""
-        index, _ = self._indexes(number)
+        index, _ = self.index(number)
         shard = self.shards[number]
         wanted = [self._wanted(index, row, meta=meta) for row in rows]
         places = [place for parts in wanted for place in parts.values()]
