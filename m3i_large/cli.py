@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +15,11 @@ from rich.progress import Progress, TaskID
 from rich.table import Column, Table
 
 from m3i_large.errors import UserError
+
+if TYPE_CHECKING:
+    from m3i_large.data.mixture import Mixture
+    from m3i_large.data.sources import Nominal
+    from m3i_large.recipe import Recipe
 
 app = typer.Typer(
     help="M3I pre-training: recipes, data, evaluation, reports. Every command takes --debug (traceback of an error).",
@@ -105,6 +110,88 @@ def data_demo(root: Annotated[Path, typer.Option(help="Directory to build.")] = 
             bar.update(tasks[stage], completed=done)
 
         build_demo_data(root, progress=show)
+
+
+@data_app.command("simulate")
+def data_simulate(
+    recipe: Annotated[str, typer.Argument(help="Recipe name or file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Recipe fields to change, a.b=value.")] = None,
+    *,
+    ranks: Annotated[int, typer.Option(help="Number of GPUs.", min=1)],
+    gpu_rate: Annotated[float, typer.Option(help="Samples per second of one GPU.", min=1e-6)] = 182.0,
+    out: Annotated[Path | None, typer.Option(help="Directory for plots and simulate.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    quick: Annotated[bool, typer.Option(help="Look at a part of each epoch only.")] = False,
+) -> int:
+    """Plays a recipe's data order without data: counts, exactly once, shuffle, reads. Status 1: a promise is broken."""
+    from m3i_large.data.simulate import SourceSize, simulate
+    from m3i_large.data.simulate.plots import draw_plots
+    from m3i_large.data.simulate.tables import print_tables
+    from m3i_large.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    sizes = [SourceSize(shards=n.shards, mean_bytes=n.mean_bytes) for n in _nominal(loaded)]
+    tasks: dict[str, TaskID] = {}
+    # Without its refreshing thread: an epoch is played in forked processes, which must not inherit a held lock.
+    with Progress(console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+            if bar.console.is_terminal:
+                bar.refresh()
+
+        simulation = simulate(
+            lambda: plan_nominal(loaded),
+            sizes=sizes,
+            world=ranks,
+            steps=loaded.train.steps,
+            epochs=loaded.train.epochs,
+            gpu_rate=gpu_rate,
+            quick=quick,
+            progress=show,
+        )
+    values = {"recipe": loaded.name} | simulation.to_json()
+    if as_json:
+        print(json.dumps(values))
+    else:
+        console = Console(highlight=False)
+        console.width = max(console.width, 112)  # narrower, and figures would be cut
+        print_tables(simulation, console, title=loaded.name)
+    if out is not None:
+        paths = draw_plots(simulation, out)
+        (out / "simulate.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        if not as_json:
+            print(f"written: {', '.join(map(str, paths))}, {out / 'simulate.json'}")
+    return 1 if simulation.failed else 0
+
+
+def plan_nominal(recipe: "Recipe") -> "Mixture":
+    """The sample order that a run gets (`stream.plan_mixture`), from the sizes that the recipe gives its sources."""
+    from m3i_large.data.mixture import Mixture
+
+    sources = zip(recipe.data.sources, _nominal(recipe), strict=True)
+    return Mixture.plan(
+        recipe.train.seed,
+        sources=[(c.name, n.samples, c.exact_repeats, n.mean_bytes, c.quota) for c, n in sources],
+        global_batch=recipe.train.global_batch,
+        lanes=recipe.data.lanes,
+        accumulation=recipe.train.accumulation,
+    )
+
+
+def _nominal(recipe: "Recipe") -> "list[Nominal]":
+    """Sizes of the recipe's sources as published; UserError where one has none."""
+    sizes = []
+    for source in recipe.data.sources:
+        if source.nominal is None:
+            raise UserError(
+                f"data.sources.{source.name}.nominal: is missing; needed: the source's size, "
+                "{samples: ..., shards: ..., mean_bytes: ...}"
+            )
+        sizes.append(source.nominal)
+    return sizes
 
 
 @app.command("eval")
