@@ -22,7 +22,7 @@ from m3i_large.data.simulate.batches import count_mates, count_neighbours, look_
 from m3i_large.data.simulate.counts import count, step_of
 from m3i_large.data.simulate.once import play_epoch
 from m3i_large.data.simulate.plots import draw_plots
-from m3i_large.data.simulate.reads import LOOKAHEAD, Reads, block_of, pieces, play_reads, rank_of, shard_of
+from m3i_large.data.simulate.reads import LOOKAHEAD, Reads, block_of, crumbs_of, pieces, play_reads, rank_of, shard_of
 from m3i_large.data.simulate.tables import print_tables
 from m3i_large.errors import UserError
 from m3i_large.recipe import load_recipe
@@ -244,6 +244,25 @@ def test_every_epoch_edge_is_looked_at() -> None:
 # -- reads ------------------------------------------------------------------------------------------
 
 
+def test_a_row_of_crumbs_in_a_batch_is_expected_too() -> None:
+    """All crumbs lie in two shards or three: a batch with a row of them has many more mates than the others."""
+    m = Mixture.plan(
+        1, sources=[("big", 24 * 32 * 520 + 300, 1, 40_000, None)], global_batch=24 * 20, lanes=24, window_steps=16
+    )
+    order, size = m.orders[0], SourceSize(shards=1000, mean_bytes=1)
+    found = {}
+    for step in range(order.n // (24 * 20)):
+        tally = batches._Tally(order, size)
+        _, epoch, ids = batches.global_batch(m, step)
+        tally.add(ids, epoch=epoch, shuffled=True)
+        crumbs = int((block_of(order, epoch=epoch, ids=ids) < 0).sum())
+        found.setdefault(crumbs, []).append((tally.mates, tally.mates_expected))
+    (few, few_expected), (many, many_expected) = np.mean(found[0], 0), np.mean(found[24], 0)
+    assert order.C == 300 and len(found[24]) == 11
+    assert many > 1.1 * few and few == pytest.approx(few_expected, rel=0.02)
+    assert many == pytest.approx(many_expected, rel=0.04)
+
+
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("epoch", [0, 4])
 def test_blocks_are_runs_of_ids_of_one_lane(which: int, epoch: int) -> None:
@@ -251,6 +270,7 @@ def test_blocks_are_runs_of_ids_of_one_lane(which: int, epoch: int) -> None:
     block = block_of(order, epoch=epoch, ids=np.arange(order.n))
     sizes = np.bincount(block + 1, minlength=order.Kt * order.V + 1)
     assert sizes[0] == order.C and (sizes[1:] == order.b).all()
+    assert set(crumbs_of(order, epoch=epoch).tolist()) == set(np.flatnonzero(block < 0).tolist())
     offsets = np.arange(2 * order.g if epoch else 0, order.n)
     of_draw = block_of(order, epoch=epoch, ids=order.id_at(np.full(offsets.size, epoch), offsets))
     lanes = defaultdict(set)

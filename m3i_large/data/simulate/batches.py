@@ -8,7 +8,7 @@ import numpy as np
 from m3i_large.data.mixture import Mixture
 from m3i_large.data.order import SourceOrder
 from m3i_large.data.simulate.counts import Counts, step_of
-from m3i_large.data.simulate.reads import SourceSize, rank_of, regular_part, shard_of, window_rows
+from m3i_large.data.simulate.reads import SourceSize, block_of, crumbs_of, rank_of, regular_part, shard_of, window_rows
 
 RANDOM_STEPS, RANK_STEPS, EDGES = 32, 8, 40
 
@@ -72,9 +72,9 @@ def look_at_batches(
     tallies = [_Tally(order, size) for order, size in zip(mixture.orders, sizes, strict=True)]
     unequal: list[tuple[int, int]] = []
     for done, step in enumerate(todo):
-        source, ids = global_batch(mixture, step)
+        source, epoch, ids = global_batch(mixture, step)
         for s, tally in enumerate(tallies):
-            tally.add(ids[source == s], shuffled=step in anywhere)
+            tally.add(ids[source == s], epoch=epoch[source == s], shuffled=step in anywhere)
         worlds = {world} if step in ranked else set()
         if step == drawn_at[0]:
             worlds |= set(mixture.valid_world_sizes())
@@ -87,10 +87,11 @@ def look_at_batches(
     return Batches(steps=len(todo), rank_steps=len(ranked), unequal=unequal, sources=sources)
 
 
-def global_batch(mixture: Mixture, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source and id of every sample of a step, (N,) each."""
+def global_batch(mixture: Mixture, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Source, epoch and id of every sample of a step, (N,) each."""
     rows = [mixture.rows(step, micro_step) for micro_step in range(mixture.accumulation)]
-    return np.concatenate([r.source for r in rows]), np.concatenate([r.id for r in rows])
+    source, epoch, ids = ([getattr(r, column) for r in rows] for column in ("source", "epoch", "id"))
+    return np.concatenate(source), np.concatenate(epoch), np.concatenate(ids)
 
 
 def count_neighbours(ids: np.ndarray, *, b: int) -> int:
@@ -105,19 +106,19 @@ def count_mates(ids: np.ndarray, *, n: int, shards: int) -> int:
     return int((sizes * (sizes - 1)).sum())
 
 
-def mates_of_block(order: SourceOrder, *, slots: int) -> float:
-    """Others of its own block that a sample meets in a batch which takes `slots` rows of each lane.
+def mates_of_block(order: SourceOrder, *, slots: float) -> float:
+    """Others of its own block that a sample meets in a batch which takes `slots` rows of blocks from each lane.
 
     Two rows of a lane belong together with probability (b - 1) / (window - 1) if they are of one window: with phases
     an epoch has F + 1 - 1 / V windows, and rows d apart of a window of R rows are parted by its edge in d of R cases.
     """
-    if not order.K or slots < 2:
+    if not order.K or slots <= 1:
         return 0.0
     windows = order.F + 1 - 1 / order.V
     rows = order.Kt * order.b / windows
     together = min(1.0, (order.b - 1) / max(rows - 1, 1))
     unparted = max(0.0, 1 - (slots + 1) / 3 * regular_part(order) / rows)
-    return (slots - 1) * regular_part(order) ** 2 * together * unparted
+    return (slots - 1) * together * unparted
 
 
 class _Tally:
@@ -128,7 +129,7 @@ class _Tally:
         self.draws = self.duplicates = self.neighbours = self.mates = 0
         self.neighbours_expected = self.mates_expected = self.mates_ideal = 0.0
 
-    def add(self, ids: np.ndarray, *, shuffled: bool) -> None:
+    def add(self, ids: np.ndarray, *, epoch: np.ndarray, shuffled: bool) -> None:
         """Counts one batch; `shuffled`: it was chosen at random and counts for the shuffle too."""
         order, n, b, m = self.order, self.order.n, self.order.b, ids.size
         self.duplicates += m - np.unique(ids).size
@@ -137,14 +138,26 @@ class _Tally:
         self.draws += m
         self.neighbours += count_neighbours(ids, b=b)
         self.mates += count_mates(ids, n=n, shards=self.size.shards)
-        of_block = m * mates_of_block(order, slots=m // order.V)
+        crumbs = block_of(order, epoch=epoch, ids=ids) < 0
+        in_blocks = m - int(crumbs.sum())
+        of_block = in_blocks * mates_of_block(order, slots=in_blocks / order.V)
         near, shard = min(b, n), n / self.size.shards
         near_ids, shard_ids = (near - 1) * (2 * n - near) / n, max(shard - 1, 0)
-        block_ids = (b - 1) * regular_part(order)  # those of its own block are counted above
+        block_ids = (b - 1) * in_blocks / m  # those of its own block are counted above
         pairs = m * (m - 1) / max(n - 1, 1)  # times ids: how often one of them is met where all are shuffled evenly
         self.neighbours_expected += of_block + pairs * (near_ids - block_ids)
         self.mates_ideal += pairs * shard_ids
         self.mates_expected += of_block * _one_shard(b, shard) + pairs * (shard_ids - block_ids * _one_shard(b, shard))
+        if order.K:
+            self._add_crumbs(epoch[crumbs])
+
+    def _add_crumbs(self, epoch: np.ndarray) -> None:
+        """Crumbs, here of these epochs, come a row of V at a time out of one run of C ids: few batches have any."""
+        order, C, b = self.order, self.order.C, self.order.b
+        for e, drawn in zip(*np.unique(epoch, return_counts=True), strict=True):
+            pairs, near = int(drawn) * (int(drawn) - 1) / max(C * (C - 1), 1), min(b, C)
+            self.neighbours_expected += pairs * (near - 1) * (2 * C - near)
+            self.mates_expected += pairs * count_mates(crumbs_of(order, epoch=e), n=order.n, shards=self.size.shards)
 
     def figures(self, *, large: bool, share: float, edges: tuple[int, int]) -> SourceBatches:
         """Means per draw."""

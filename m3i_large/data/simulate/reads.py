@@ -92,6 +92,11 @@ def block_of(order: SourceOrder, *, epoch: np.ndarray | int, ids: np.ndarray) ->
     return np.where(x < order.Kt * order.V * order.b, x // order.b, -1)
 
 
+def crumbs_of(order: SourceOrder, *, epoch: int) -> np.ndarray:
+    """Ids that fill no block in this epoch, (C,): a run of neighbouring ids, wrapping from n - 1 to 0."""
+    return (order.n - order.C + np.arange(order.C) + _shift(order, epoch)) % order.n
+
+
 def pieces(order: SourceOrder, *, epoch: np.ndarray | int, block: np.ndarray, shards: int) -> np.ndarray:
     """Ranged reads that each block takes: one in every shard it touches; it may also wrap from id n - 1 to 0."""
     first = (block * order.b + _shift(order, epoch)) % order.n
