@@ -188,6 +188,63 @@ def _print_stats(stats: Any, console: Console, *, num_classes: int) -> None:
     console.print("\n".join(lines), table, soft_wrap=True)
 
 
+@data_app.command("simulate")
+def data_simulate(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    *,
+    ranks: Annotated[int, typer.Option(help="Number of GPUs.", min=1)],
+    gpu_rate: Annotated[float, typer.Option(help="Samples per second of one GPU.", min=1e-6)] = 182.0,
+    out: Annotated[Path | None, typer.Option(help="Directory for plots and simulate.json.")] = None,
+    as_json: AsJson = False,
+    quick: Annotated[bool, typer.Option(help="Look at a part of each epoch only.")] = False,
+) -> int:
+    """Plays a recipe's data order without data: counts, exactly once, shuffle, reads. Status 1: a promise is broken."""
+    from m3i_large.data.simulate import SourceSize, simulate
+    from m3i_large.data.simulate.plots import draw_plots
+    from m3i_large.data.simulate.tables import print_tables
+    from m3i_large.recipe import load_recipe
+    from m3i_large.stream import nominal_sizes, plan_mixture
+
+    loaded = load_recipe(recipe, overrides or [])
+    nominal = nominal_sizes(loaded)
+    sizes = [SourceSize(shards=n.shards, mean_bytes=n.mean_bytes) for n in nominal]
+    tasks: dict[str, TaskID] = {}
+    # Without its refreshing thread: an epoch is played in forked processes, which must not inherit a held lock.
+    with Progress(console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+            if bar.console.is_terminal:
+                bar.refresh()
+
+        simulation = simulate(
+            lambda: plan_mixture(loaded, [(n.samples, n.mean_bytes) for n in nominal]),
+            sizes=sizes,
+            world=ranks,
+            steps=loaded.train.steps,
+            epochs=loaded.train.epochs,
+            gpu_rate=gpu_rate,
+            quick=quick,
+            progress=show,
+        )
+    values = {"recipe": loaded.name} | simulation.to_json()
+    if as_json:
+        print(json.dumps(values))
+    else:
+        console = Console(highlight=False)
+        console.width = max(console.width, 112)  # narrower, and figures would be cut
+        print_tables(simulation, console, title=loaded.name)
+    if out is not None:
+        paths = draw_plots(simulation, out)
+        (out / "simulate.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        if not as_json:
+            print(f"written: {', '.join(map(str, paths))}, {out / 'simulate.json'}")
+    return 1 if simulation.failed else 0
+
+
 @data_app.command("audit")
 def data_audit(
     runs: Annotated[

@@ -1,5 +1,6 @@
 """From a recipe to this rank's stream of batches: sources, the mixture's order (new or frozen), the loader."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from m3i_large.data.demo import build_demo_data
 from m3i_large.data.loader import Loader
 from m3i_large.data.mixture import Mixture
 from m3i_large.data.producer import BadSample, LoaderJob
+from m3i_large.data.source_config import Nominal
 from m3i_large.data.sources import Source, manifest_hash, open_sources
 from m3i_large.data.views import MaskSpec
 from m3i_large.errors import UserError
@@ -33,18 +35,35 @@ def prepare_sources(recipe: Recipe, rank: Rank) -> list[Source]:
     return sources
 
 
-def plan_mixture(recipe: Recipe, sources: list[Source]) -> Mixture:
-    """The sample order of a new run, from the recipe and the data alone (never from the number of ranks)."""
+def plan_mixture(recipe: Recipe, sizes: Sequence[tuple[int, float]]) -> Mixture:
+    """The sample order of a new run, from the recipe and the data alone (never from the number of ranks).
+
+    Args:
+        sizes: samples, and mean bytes of a sample, of each source.
+    """
     return Mixture.plan(
         recipe.train.seed,
         sources=[
-            (s.name, s.num_samples, c.exact_repeats, s.mean_bytes, c.quota)
-            for s, c in zip(sources, recipe.data.sources, strict=True)
+            (c.name, samples, c.exact_repeats, mean_bytes, c.quota)
+            for c, (samples, mean_bytes) in zip(recipe.data.sources, sizes, strict=True)
         ],
         global_batch=recipe.train.global_batch,
         lanes=recipe.data.lanes,
         accumulation=recipe.train.accumulation,
     )
+
+
+def nominal_sizes(recipe: Recipe) -> list[Nominal]:
+    """Sizes of the recipe's sources as published; UserError where one has none."""
+    sizes = []
+    for source in recipe.data.sources:
+        if source.nominal is None:
+            raise UserError(
+                f"data.sources.{source.name}.nominal: is missing; needed: the source's size, "
+                "{samples: ..., shards: ..., mean_bytes: ...}"
+            )
+        sizes.append(source.nominal)
+    return sizes
 
 
 def restore_mixture(saved: checkpoint.Checkpoint, sources: list[Source]) -> Mixture:

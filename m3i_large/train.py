@@ -72,7 +72,11 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank) -> Ou
     ds_config = read_ds_config(ds, sizes, world=rank.world)
     sources = prepare_sources(recipe, rank)
     saved = checkpoint.Checkpoint(run.resume_from) if run.resume_from else None
-    mixture = restore_mixture(saved, sources) if saved else plan_mixture(recipe, sources)
+    mixture = (
+        restore_mixture(saved, sources)
+        if saved
+        else plan_mixture(recipe, [(s.num_samples, s.mean_bytes) for s in sources])
+    )
     check_world(mixture, rank.world)
     steps = recipe.train.steps or mixture.steps_for_epochs(recipe.train.epochs or 0)
     progress = Progress(run.directory, total=steps, enabled=rank.is_first, every=recipe.train.log_every)

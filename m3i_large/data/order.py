@@ -84,15 +84,15 @@ class SourceOrder:
 
     def blocks(self, epoch: np.ndarray | Sequence[int], id: np.ndarray | Sequence[int]) -> np.ndarray:
         """The block that sample `id` belongs to in an epoch -> int64, -1 for crumbs, which belong to none."""
-        x = (np.asarray(id, np.int64) - self._shift(np.asarray(epoch, np.int64))) % self.n
+        x = (np.asarray(id, np.int64) - self.shift(np.asarray(epoch, np.int64))) % self.n
         return np.where(x < self.Kt * self.V * self.b, x // self.b, -1)
 
     def block_ids(self, epoch: int, block: int) -> list[int]:
         """The b samples of a block: consecutive, except where they wrap from n - 1 to 0 (once an epoch)."""
-        first = block * self.b + int(self._shift(np.array([epoch]))[0])
+        first = block * self.b + int(self.shift(np.array([epoch]))[0])
         return [(first + i) % self.n for i in range(self.b)]
 
-    def _shift(self, epoch: np.ndarray) -> np.ndarray:
+    def shift(self, epoch: np.ndarray) -> np.ndarray:
         """The epoch's cyclic shift of all ids, so that block edges and the crumbs move every epoch."""
         return (key(self.seed, name_tag(self.name), epoch, 4) % np.uint64(self.n)).astype(np.int64)
 
@@ -122,7 +122,7 @@ class SourceOrder:
         if not crumb.all():
             regular = ~crumb
             x[regular] = self._block(row[regular] - crumbs_before[regular], u[regular], e[regular], tag, Kt, F)
-        return (x + self._shift(e)) % n
+        return (x + self.shift(e)) % n
 
     def _block(self, rr: np.ndarray, u: np.ndarray, e: np.ndarray, tag: int, Kt: int, F: int) -> np.ndarray:
         V, b = self.V, self.b
