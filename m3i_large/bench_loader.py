@@ -187,10 +187,8 @@ def _boxes(jpegs: Sequence[bytes]) -> Iterator[tuple[bytes, list[tuple[int, int,
     """The pictures again and again, each with two random crops; drawn beforehand, so that only pixels are timed."""
     rng = np.random.default_rng(0)
     sizes = [simplejpeg.decode_jpeg_header(data)[:2] for data in jpegs]
-    drawn = [
-        [whole_pixels(crop_box(rng.random(NUM_DRAWS), size[0], size[1], PLAIN), SIZE) for _ in range(2)]
-        for size in sizes
-    ]
+    drawn = [[crop_box(rng.random(NUM_DRAWS), height, width, PLAIN) for _ in range(2)] for height, width in sizes]
+    drawn = [[whole_pixels(box, SIZE) for box in boxes] for boxes in drawn]
     return itertools.cycle(zip(jpegs, drawn, strict=True))
 
 

@@ -107,7 +107,7 @@ def data_check(
     quick: Annotated[bool, typer.Option(help="Sizes and indexes only; do not read the shards.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Compares the shards with their index, byte for byte, and with counts stated beside them; status 1 if any differs."""
+    """Compares the shards with their index and with counts stated beside them; status 1 if they differ."""
     from m3i_large.data.check import check_manifest
     from m3i_large.data.manifest import IndexDirectory, Manifest
     from m3i_large.data.storage import Storage
