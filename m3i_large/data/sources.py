@@ -26,8 +26,8 @@ from m3i_large.data.storage import Storage, is_url
 from m3i_large.errors import UserError
 
 OPEN_INDEXES = 64
-# Two parts are read as one range if at least this share of it is wanted.
-DENSE = 0.5
+# Parts are read as one range if at least this share of it is wanted, or so few bytes are not that a request costs more.
+DENSE, FEW_BYTES = 0.5, 1 << 16
 LONGEST_CAPTION = 1 << 16  # bytes; a text tower sees some hundreds
 # HTML as Flickr users write it, and not what else stands in angle brackets, such as CC12M's <PERSON>.
 _TAG = re.compile(r"</?(?:a|b|i|u|p|br|em|img|strong|span|div|font|blockquote|ul|ol|li)\b[^<>]{0,500}>", re.I)
@@ -191,7 +191,8 @@ class Source:
         wanted = [self._wanted(index, row, meta=meta) for row in rows]
         places = [place for parts in wanted for place in parts.values()]
         begin, end = min(o for o, _ in places), max(o + s for o, s in places)
-        if sum(s for _, s in places) >= DENSE * (end - begin):
+        wasted = end - begin - sum(size for _, size in places)
+        if wasted <= max(FEW_BYTES, DENSE * (end - begin)):
             data = self.storage.read(shard.name, begin, end - begin, mark=shard.mark)
             content = [{e: data[o - begin : o - begin + s] for e, (o, s) in parts.items()} for parts in wanted]
         elif len(rows) > 1:

@@ -187,7 +187,7 @@ def _translated(call: Callable[[], T]) -> T:
             raise OutageError(
                 f"the shard has changed since it was indexed ({_brief(error)}); see m3i data check"
             ) from None
-        if kind == "NotFoundError":
+        if kind == "NotFoundError" or isinstance(error, FileNotFoundError):
             raise FileNotFoundError(0, "not found") from None
         if kind in PERMANENT:
             raise PermissionError(0, _brief(error)) from None

@@ -22,7 +22,7 @@ def result() -> dict:
 
 def test_every_path_and_ratio_is_there_and_positive(result: dict) -> None:
     assert [row["path"] for row in result["paths"]] == list(bench.PATHS)
-    assert {row["samples"] for row in result["paths"]} == {64}, "rounded up to whole batches"
+    assert {row["samples"] for row in result["paths"]} == {128}, "rounded up to whole batches"
     assert all(row["cpu_ms"] > 0 and row["samples_per_cpu_s"] > 0 for row in result["paths"])
     assert list(result["ratios"]) == [f"ours / {name}" for name in bench.PATHS if name != "ours"]
     assert all(ratio > 0 for ratio in result["ratios"].values())
