@@ -5,12 +5,12 @@ silence and its errors all end in one clear message here.
 """
 
 import contextlib
-import os
 import signal
+import subprocess
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from multiprocessing import get_context, util
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,14 +19,14 @@ import torch
 
 from m3i_large.data.bad_samples import BadSampleLedger
 from m3i_large.data.batch import Batch
-from m3i_large.data.loader_process import serve
+from m3i_large.data.loader_process import start_process
 from m3i_large.data.producer import BadSample, LoaderJob, Producer, private_slot
 from m3i_large.data.slots import SharedMemory, Slot
 from m3i_large.errors import OutageError
 
 # Told about every sample that was replaced, when its batch is handed out.
 OnBad = Callable[[BadSample], None]
-POLL_S = 1.0
+POLL_S, GRACE_S = 1.0, 2.0
 
 
 class Loader(Iterator[Batch]):
@@ -136,15 +136,9 @@ class _Process:
         self._slots = [layout.slot(memory.buffer, index) for index in range(count)]
         if pinned:
             _pin(memory)
-        self._connection, theirs = get_context("spawn").Pipe()
-        self._process = get_context("spawn").Process(
-            target=serve, args=(theirs, memory, job, first), name="m3i-loader", daemon=True
-        )
-        self._process.start()
-        theirs.close()
+        self._process, self._connection = start_process(memory, job, first)
         memory.close_descriptor()
-        # Before multiprocessing's own exit, which would wait for a process that heeds no SIGTERM.
-        self._finalize = util.Finalize(self, _end, (self._connection, self._process), exitpriority=10)
+        self._finalize = weakref.finalize(self, _end, self._connection, self._process)  # at exit, too
         self._given: deque[tuple[int, Any]] = deque()
         for index in range(count):
             self._connection.send(index)
@@ -184,8 +178,7 @@ class _Process:
         began = time.monotonic()
         while not self._connection.poll(POLL_S):
             if time.monotonic() - began > self._timeout:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self._process.pid or 0, signal.SIGUSR1)  # its threads' stacks go to standard error
+                self._process.send_signal(signal.SIGUSR1)  # its threads' stacks go to standard error
                 time.sleep(POLL_S)
                 raise OutageError(
                     f"the loader gave no batch for {self._timeout:.0f} s (data.timeout_s); its stacks are above"
@@ -193,21 +186,21 @@ class _Process:
         try:
             message = self._connection.recv()
         except (EOFError, ConnectionResetError):
-            self._process.join(POLL_S)
-            code = self._process.exitcode
-            why = f"signal {-code}" if code is not None and code < 0 else f"status {code}"
+            code = self._process.wait()
+            why = f"signal {-code}" if code < 0 else f"status {code}"
             raise OutageError(f"the loader's process died ({why}); if it was killed, by lack of memory?") from None
         if isinstance(message, BaseException):
             raise message
         return message
 
 
-def _end(connection: Connection, process: Any) -> None:
+def _end(connection: Connection, process: "subprocess.Popen[bytes]") -> None:
     connection.close()  # the process ends when nobody listens
-    process.join(2)
-    if process.is_alive():
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
         process.kill()
-        process.join()
+        process.wait()
 
 
 def _pin(memory: SharedMemory) -> None:

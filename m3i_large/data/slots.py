@@ -6,10 +6,8 @@ Without torch: the loader's process fills slots and has no other use for it.
 import mmap
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from multiprocessing import reduction
 from typing import Any
 
 import numpy as np
@@ -63,9 +61,10 @@ class SlotLayout:
 
 
 class SharedMemory:
-    """Anonymous memory that a spawned process shares: no name, so nothing is left behind whatever dies.
+    """Anonymous memory behind a file descriptor, for a child process: no name, so nothing is left whatever dies.
 
-    Pickles only as an argument of a process that is being started.
+    Args:
+        descriptor: of memory that another process made; default: makes it.
     """
 
     def __init__(self, num_bytes: int, *, descriptor: int | None = None) -> None:
@@ -73,19 +72,12 @@ class SharedMemory:
         if descriptor is None:
             descriptor = _anonymous_file()
             os.ftruncate(descriptor, num_bytes)
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         self.buffer = mmap.mmap(descriptor, num_bytes)
-
-    def __reduce__(self) -> tuple[Callable[..., "SharedMemory"], tuple[Any, ...]]:
-        return _attach, (reduction.DupFd(self._descriptor), self.num_bytes)
 
     def close_descriptor(self) -> None:
         """Closes the file; the memory lives as long as an array or mapping of it."""
-        os.close(self._descriptor)
-
-
-def _attach(descriptor: Any, num_bytes: int) -> SharedMemory:
-    return SharedMemory(num_bytes, descriptor=descriptor.detach())
+        os.close(self.descriptor)
 
 
 def _anonymous_file() -> int:
