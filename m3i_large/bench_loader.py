@@ -164,12 +164,31 @@ def _take(stream: Stream, samples: int) -> None:
 
 
 def _torchvision(shard: Path, jpegs: Sequence[bytes]) -> Stream:
-    """DataLoader, one worker; webdataset; torchvision's transforms v2 on uint8 tensors, antialiased bilinear."""
+    """DataLoader, one worker; webdataset; torchvision's transforms on Pillow images, as most code has it; bicubic."""
+    bicubic = v2.InterpolationMode.BICUBIC
+    view = v2.Compose(
+        [
+            v2.RandomResizedCrop(SIZE, scale=(0.08, 1.0), interpolation=bicubic),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+        ]
+    )
+    yield from _data_loader(shard, lambda data: Image.open(io.BytesIO(data)).convert("RGB"), view)
+
+
+def _torchvision_tensors(shard: Path, jpegs: Sequence[bytes]) -> Stream:
+    """The same at its best: torchvision's own JPEG decoder, transforms on uint8 tensors, bilinear with antialias."""
     view = v2.Compose([v2.RandomResizedCrop(SIZE, scale=(0.08, 1.0), antialias=True), v2.RandomHorizontalFlip()])
 
+    def decode(data: bytes) -> Tensor:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+    yield from _data_loader(shard, decode, view)
+
+
+def _data_loader(shard: Path, decode: Callable[[bytes], Any], view: Callable[[Any], Tensor]) -> Stream:
     def two_views(sample: tuple[bytes, bytes]) -> tuple[Tensor, Tensor, str]:
-        data = torch.frombuffer(bytearray(sample[0]), dtype=torch.uint8)
-        image = decode_jpeg(data, mode=ImageReadMode.RGB)
+        image = decode(sample[0])
         return view(image), view(image), sample[1].decode()
 
     def collate(rows: list[tuple[Tensor, Tensor, str]]) -> tuple[Tensor, Tensor, list[str]]:
@@ -248,9 +267,10 @@ def _ours_augmented(shard: Path, jpegs: Sequence[bytes]) -> Stream:
 
 
 OURS = "ours"
-# The worker process of the first is forked before any other path has threads.
+# The worker processes of the first two are forked before any other path has threads.
 PATHS: dict[str, Callable[[Path, Sequence[bytes]], Stream]] = {
     "torchvision": _torchvision,
+    "torchvision, tensors": _torchvision_tensors,
     "pillow": _pillow,
     "primitives": _primitives,
     OURS: _ours,

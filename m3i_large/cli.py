@@ -161,10 +161,11 @@ def bench_loader_command(
     samples: Annotated[int, typer.Option(help="Two-view samples per path and repeat.", min=1)] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Two-view samples per CPU-second, beside torchvision, Pillow and the loader's own bare primitives."""
+    """Two-view samples per CPU-second, beside torchvision, Pillow and bare decoding; and what comes before a batch."""
     from m3i_large.bench_loader import bench_loader
+    from m3i_large.bench_start import bench_start
 
-    result = bench_loader(images, samples=samples)
+    result = bench_loader(images, samples=samples) | {"start": bench_start()}
     if as_json:
         print(json.dumps(result))
         return
@@ -174,7 +175,12 @@ def bench_loader_command(
     for row in result["paths"]:
         ratio = result["ratios"].get(f"ours / {row['path']}", 1.0)
         table.add_row(row["path"], f"{row['cpu_ms']:.2f}", f"{row['samples_per_cpu_s']:.0f}", f"{ratio:.2f}")
-    Console().print(table)
+    start = Table("before the first batch", "", "")
+    for row in result["start"]:
+        start.add_row(
+            row["what"], f"{row['value']:,.3g}" if row["value"] < 1000 else f"{row['value']:,.0f}", row["unit"]
+        )
+    Console().print(table, start)
 
 
 @bench_app.command("step")

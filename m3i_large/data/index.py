@@ -21,14 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from m3i_large.data.header import GZIP, read_header, unzipped
-from m3i_large.data.storage import ShardStat, Storage
-from m3i_large.data.tar import BLOCK, DamagedTar, Member, Window, members
+from m3i_large.data.storage import ShardStat, Storage, is_url
+from m3i_large.data.tar import BLOCK, CHUNK, DamagedTar, Member, Window, members
 from m3i_large.errors import UserError
 
 FORMAT = "1"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "webp", "png")
 # A JPEG's size comes after its EXIF and colour profile, which may fill several segments of 64 KB.
 HEADER_BYTES, MORE_HEADER_BYTES = 2048, 1 << 20
+REMOTE_CHUNK = 8 << 20  # where every request waits for an answer
 MOST_EXTENSIONS, LARGEST_PART = 64, (1 << 32) - 1
 MOST_CATEGORIES = 1 << 31
 LONGEST_VALUE = 64  # bytes of a .cls worth parsing
@@ -156,7 +157,10 @@ def index_shard(name: str, storage: Storage, *, progress: Callable[[int], object
         if progress:
             progress(len(piece))
 
-    window = Window(lambda offset, size: storage.read(name, offset, size, mark=stat.mark), stat.num_bytes, seen=seen)
+    chunk = REMOTE_CHUNK if is_url(storage.location(name)) else CHUNK
+    window = Window(
+        lambda offset, size: storage.read(name, offset, size, mark=stat.mark), stat.num_bytes, seen=seen, chunk=chunk
+    )
     table, damage = _Table(window), ""
     try:
         for member in members(window):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 BLOCK = 512
-CHUNK = 8 << 20
+CHUNK = 1 << 20  # stays in the cache between being read and being looked at
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 REGULAR = b"0\x007"  # type flags: file, file (old), contiguous file
 NO_PAYLOAD = b"123456"  # links, devices, directories, pipes: whatever their size field says, nothing follows
