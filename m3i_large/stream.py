@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from m3i_large import checkpoint
 from m3i_large.data.demo import build_demo_data
@@ -66,12 +67,26 @@ def nominal_sizes(recipe: Recipe) -> list[Nominal]:
     return sizes
 
 
-def restore_mixture(saved: checkpoint.Checkpoint, sources: list[Source]) -> Mixture:
-    """The frozen sample order of a checkpoint; refuses other data."""
+def restore_mixture(saved: checkpoint.Checkpoint, sources: list[Source], recipe: Recipe) -> Mixture:
+    """The frozen sample order of a checkpoint; refuses other data.
+
+    A run of its own that starts from it may have another batch, other lanes or shares: then every source goes on where
+    it is, in those.
+    """
     sampler = saved.manifest["sampler"]
     if sampler["data"] != manifest_hash(sources):
         raise UserError(f"data: the shards differ from those {saved.directory} was trained on; needed: the same data")
-    return Mixture.from_state(sampler["layout"])
+    frozen = Mixture.from_state(sampler["layout"])
+    if _batches(saved.manifest["recipe"]) == _batches(recipe.to_dict()):
+        return frozen
+    return frozen.continued(saved.step, plan_mixture(recipe, [(s.num_samples, s.mean_bytes) for s in sources]))
+
+
+def _batches(recipe: dict[str, Any]) -> list[Any]:
+    """What of a recipe decides how sources are dealt into batches."""
+    train, data = recipe["train"], recipe["data"]
+    shares = [(source["name"], str(source["repeats"]), source["quota"]) for source in data["sources"]]
+    return [train["global_batch"], train["contrast_batch"], data["lanes"], shares]
 
 
 def check_world(mixture: Mixture, world: int) -> None:

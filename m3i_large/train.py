@@ -73,7 +73,7 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank) -> Ou
     sources = prepare_sources(recipe, rank)
     saved = checkpoint.Checkpoint(run.resume_from) if run.resume_from else None
     mixture = (
-        restore_mixture(saved, sources)
+        restore_mixture(saved, sources, recipe)
         if saved
         else plan_mixture(recipe, [(s.num_samples, s.mean_bytes) for s in sources])
     )

@@ -66,7 +66,7 @@ def recipe(data: Path, **train: object) -> dict:
         "image_size": 32,
         "lanes": 4,
         "num_classes": 3,
-        "threads": 0,
+        "threads": 1,
     }
     values["data"]["sources"] = [
         {"name": "first", "kind": "image_text", "shards": ["first-*.tar"], "quota": 2},

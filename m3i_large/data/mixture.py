@@ -6,7 +6,7 @@ own whole lanes, micro-steps take every A-th lane, so what a micro-step holds ne
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -68,6 +68,8 @@ class Mixture:
     slots: int
     lanes: int
     accumulation: int
+    base_step: int = 0
+    base_pos: tuple[int, ...] = ()
 
     @classmethod
     def plan(
@@ -115,6 +117,22 @@ class Mixture:
             orders.append(plan)
         return cls(tuple(orders), weights, denominator, quotas, slots, lanes, accumulation)
 
+    def continued(self, step: int, plan: "Mixture") -> "Mixture":
+        """This order up to `step`, from there on in the batches, lanes and shares of `plan` (SAMPLER 4).
+
+        Every source goes on where it is, and its epochs stay exact. Blocks keep the lanes they were laid out for; if
+        there are more or fewer lanes now, several ranks share a block.
+
+        Raises:
+            UserError: `plan` is of other sources or other sizes.
+        """
+        if [(o.name, o.n) for o in self.orders] != [(o.name, o.n) for o in plan.orders]:
+            raise UserError(
+                f"data.sources: got {[(o.name, o.n) for o in plan.orders]}; needed: the names and numbers of samples "
+                f"that the run began with, {[(o.name, o.n) for o in self.orders]}"
+            )
+        return replace(plan, orders=self.orders, base_step=step, base_pos=tuple(self.position(step)))
+
     def to_state(self) -> dict[str, Any]:
         """JSON values that `from_state` turns back into the same order, whatever defaults have become."""
         return {
@@ -126,6 +144,8 @@ class Mixture:
             "slots": self.slots,
             "lanes": self.lanes,
             "accumulation": self.accumulation,
+            "base_step": self.base_step,
+            "base_pos": list(self.base_pos),
         }
 
     @classmethod
@@ -141,6 +161,8 @@ class Mixture:
             state["slots"],
             state["lanes"],
             state["accumulation"],
+            state.get("base_step", 0),
+            tuple(state.get("base_pos", ())),
         )
 
     @property
@@ -162,10 +184,16 @@ class Mixture:
         return [w for w in range(1, per_step + 1) if per_step % w == 0]
 
     def drawn(self, step: int) -> list[int]:
-        """K_s: draws per lane of each source before `step`."""
+        """K_s: draws per lane of each source before `step`, since the layout last changed."""
+        steps = step - self.base_step
         if self.quotas:
-            return [step * quota for quota in self.quotas]
-        return split(self.slots * step, self.weights)
+            return [steps * quota for quota in self.quotas]
+        return split(self.slots * steps, self.weights)
+
+    def position(self, step: int) -> list[int]:
+        """P_s: draws of each source before `step`, the place of its stream where the step begins."""
+        base = self.base_pos or (0,) * len(self.orders)
+        return [b + self.lanes * k for b, k in zip(base, self.drawn(step), strict=True)]
 
     def rows(self, step: int, micro_step: int = 0, *, rank: int = 0, world: int = 1) -> MixtureRows:
         """What `rank` of `world` reads in one micro-step."""
@@ -174,11 +202,11 @@ class Mixture:
         chosen = np.arange(micro_step, self.lanes, self.accumulation)
         per_rank = len(chosen) // world
         lanes = chosen[rank * per_rank : (rank + 1) * per_rank]
-        before, after = self.drawn(step), self.drawn(step + 1)
+        before, after, positions = self.drawn(step), self.drawn(step + 1), self.position(step)
         columns: list[list[np.ndarray]] = []
         start = 0
         for s, order in enumerate(self.orders):
-            k, base = after[s] - before[s], self.lanes * before[s]
+            k, base = after[s] - before[s], positions[s]
             i = np.arange(k)[None]
             q = base + i * self.lanes + (lanes[:, None] - base) % self.lanes
             slot = lanes[:, None] * self.slots + start + i
@@ -201,9 +229,9 @@ class Mixture:
         wanted = [Fraction(str(epochs)) * w / self.denominator for w in self.weights]
 
         def enough(step: int) -> bool:
-            return all(self.lanes * k >= w for k, w in zip(self.drawn(step), wanted, strict=True))
+            return all(p >= w for p, w in zip(self.position(step), wanted, strict=True))
 
-        low, high = 0, 1
+        low, high = self.base_step, self.base_step + 1
         while not enough(high):
             low, high = high, 2 * high
         while low < high:
@@ -213,8 +241,7 @@ class Mixture:
 
     def epochs_seen(self, step: int) -> dict[str, float]:
         """How often each source has been gone through before `step`."""
-        drawn = zip(self.orders, self.drawn(step), strict=True)
-        return {order.name: self.lanes * k / order.n for order, k in drawn}
+        return {order.name: p / order.n for order, p in zip(self.orders, self.position(step), strict=True)}
 
 
 def default_lanes(global_batch: int) -> int:

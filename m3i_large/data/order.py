@@ -7,6 +7,7 @@ F windows per epoch, C crumbs, R full rows, Cr crumb rows, g guard, c lane phase
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -98,14 +99,7 @@ class SourceOrder:
 
     def _zone(self, epoch: int) -> np.ndarray:
         """Ids of the first 2g draws: those seen among the last g of the epoch before swap into the second half."""
-        g = self.g
-        zone = self._raw(np.arange(2 * g), np.full(2 * g, epoch))
-        before = self._raw(np.arange(self.n - g, self.n), np.full(g, epoch - 1))
-        hit = np.isin(zone, before)
-        first, second = np.flatnonzero(hit[:g]), g + np.flatnonzero(~hit[g:])
-        second = second[: first.size]
-        zone[first], zone[second] = zone[second].copy(), zone[first].copy()
-        return zone
+        return _zone(self, epoch)
 
     def _raw(self, o: np.ndarray, e: np.ndarray) -> np.ndarray:
         V, b, n, C, Kt, F = self.V, self.b, self.n, self.C, self.Kt, self.F
@@ -133,6 +127,19 @@ class SourceOrder:
         y = feistel(rr - a0 * b, (a1 - a0) * b, key(self.seed, tag, e, 2, w, u))
         block = (a0 + y // b) * V + u
         return feistel(block, Kt * V, key(self.seed, tag, e, 3)) * b + y % b
+
+
+@lru_cache(maxsize=16)  # a small source spends most of each epoch in here
+def _zone(order: SourceOrder, epoch: int) -> np.ndarray:
+    g = order.g
+    zone = order._raw(np.arange(2 * g), np.full(2 * g, epoch))
+    before = order._raw(np.arange(order.n - g, order.n), np.full(g, epoch - 1))
+    hit = np.isin(zone, before)
+    first, second = np.flatnonzero(hit[:g]), g + np.flatnonzero(~hit[g:])
+    second = second[: first.size]
+    zone[first], zone[second] = zone[second].copy(), zone[first].copy()
+    zone.flags.writeable = False
+    return zone
 
 
 def _phase(lanes: int) -> int:

@@ -194,6 +194,36 @@ def test_a_run_draws_every_source_exactly_once_per_epoch_in_any_order_of_asking(
                 assert len(np.unique(ids)) == len(ids), "no sample twice in a batch"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_batch_lanes_and_shares_may_change_in_the_middle_and_every_epoch_stays_exact(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    m, step, drawn = Mixture.plan(3, sources=SOURCES, global_batch=96, lanes=24), 0, []
+    for _ in range(6):
+        steps = int(rng.integers(20, 90))
+        world = int(rng.choice(m.valid_world_sizes()))
+        for t in range(step, step + steps):
+            for micro_step in range(m.accumulation):
+                for rank in range(world):
+                    rows = m.rows(t, micro_step, rank=rank, world=world)
+                    drawn.append(np.stack([rows.source, rows.epoch, rows.id], 1))
+        step += steps
+        lanes, slots = int(rng.choice([4, 6, 24, 48])), int(rng.integers(3, 6))
+        sources = [(n, size, int(rng.integers(1, 4)), *rest) for n, size, _, *rest in SOURCES]
+        accumulation = int(rng.choice([1, 2]))
+        plan = Mixture.plan(9, sources=sources, global_batch=lanes * slots, lanes=lanes, accumulation=accumulation)
+        before = m.position(step)
+        m = Mixture.from_state(json.loads(json.dumps(m.continued(step, plan).to_state())))
+        assert m.position(step) == before and m.lanes == lanes and len(m.rows(step).id) == lanes * slots // accumulation
+    rows = np.concatenate(drawn)
+    for s, o in enumerate(m.orders):
+        mine = rows[rows[:, 0] == s][:, 1:]
+        expected = np.stack(o.ids(np.arange(len(mine)))[::2], 1)
+        assert np.array_equal(mine[np.lexsort(mine.T)], expected[np.lexsort(expected.T)])
+    others = [("x", 999, 1, 40_000, None), *SOURCES[1:]]
+    with pytest.raises(ValueError, match=r"needed: the names and numbers of samples that the run began with"):
+        m.continued(step, Mixture.plan(3, sources=others, global_batch=96, lanes=24))
+
+
 def test_quotas_follow_repeats_or_stay_fixed() -> None:
     m = Mixture.plan(3, sources=SOURCES, global_batch=96, lanes=24)
     counts = np.array([np.bincount(m.rows(s).source, minlength=3) for s in range(300)])
