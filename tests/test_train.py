@@ -231,8 +231,10 @@ def test_the_target_is_the_moving_average_of_the_students_weights(data: Path, tm
     assert max(moved) > 1e-5
 
 
-def test_resuming_on_two_ranks_continues_the_run_of_one(data: Path, tmp_path: Path) -> None:
-    path = write_recipe(tmp_path / "r.yaml", recipe(data, steps=6, checkpoint_every=3))
+def test_resuming_on_two_ranks_or_in_other_batches_continues_the_run_of_one(data: Path, tmp_path: Path) -> None:
+    values = recipe(data, steps=6, checkpoint_every=3)
+    values["data"]["audit"] = True
+    path = write_recipe(tmp_path / "r.yaml", values)
     result = pretrain("--recipe", path, "--out", tmp_path / "a")
     assert result.returncode == 0, result.stdout + result.stderr
     middle = tmp_path / "a" / "checkpoints" / "step_00000003"
@@ -243,6 +245,21 @@ def test_resuming_on_two_ranks_continues_the_run_of_one(data: Path, tmp_path: Pa
     assert len(rows) == 3
     for a, b in zip(losses(tmp_path / "a")[3:], rows, strict=True):
         assert b == pytest.approx(a, rel=1e-3)
+    for source in values["data"]["sources"]:
+        source["quota"] *= 2
+    values["train"] |= {"global_batch": 32, "contrast_batch": 16, "steps": 9}
+    result = pretrain(
+        "--recipe", write_recipe(tmp_path / "c.yaml", values), "--out", tmp_path / "c", "--resume", tmp_path / "b"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    audit = audit_runs([tmp_path / name for name in "abc"])
+    assert audit.proven and [(a["world"], a["begin"], a["end"]) for a in audit.attempts] == [
+        (1, 0, 3),
+        (2, 3, 6),
+        (1, 6, 9),
+    ]
+    # 6 steps of 16 and 3 of 32: half of each from the first source, of 60 samples.
+    assert (audit.sources[0].draws, audit.sources[0].epochs_finished) == (96, 1), audit.to_text()
 
 
 def test_twenty_steps_match_the_golden_losses(data: Path, tmp_path: Path) -> None:
