@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo study test lint bench gpu-check clean
+.PHONY: demo study test lint bench soak gpu-check clean
 
 $(STAMP): setup.py requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ bench: $(STAMP)
 	$(BIN)/python kernels/bench.py
 	$(BIN)/m3i bench loader
 	$(BIN)/m3i bench step
+
+## Kills a loading run 200 times, with changing numbers of ranks, and proves exactly-once after each: 15 minutes.
+soak: $(STAMP)
+	$(BIN)/python tests/soak_sampler.py --kills 200
 
 ## On a machine with an NVIDIA GPU, torch and Triton (nothing is installed): are the kernels right and fast there?
 gpu-check:
