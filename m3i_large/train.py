@@ -139,7 +139,7 @@ class Loop:
                 batch = next(stream)
                 waited += time.perf_counter() - before
                 self._record(batch, step=step, micro_step=micro_step)
-                losses = engine(batch.to(self.rank.device), signals=step % recipe.signals_every == 0)
+                losses = engine(batch.to(self.rank.device, non_blocking=True), signals=step % recipe.signals_every == 0)
                 engine.backward(losses["loss"])
                 losses |= self.objective.gradient_signals(micro_steps=recipe.accumulation)
                 applied = engine.step()
@@ -152,6 +152,7 @@ class Loop:
             row = totals.row(self.rank, self.mixture.source_names)
             row |= self._timing(began, waited) | {"optim/momentum_ema": momentum, "optim/grad_norm": engine.grad_norm}
             row |= {"optim/lr": engine.group_settings()[0]["lr"], "optim/skipped": self.skipped}
+            row |= {"data/retries": stream.retries}
             writer.log({"step": step, "samples": (step + 1) * recipe.global_batch, **row})
             self._alarm(row, step, writer)
             self.progress.update(step, row)
