@@ -240,6 +240,17 @@ def test_exif_cut_anywhere_is_upright_until_the_tag_is_there() -> None:
     assert read_header(data.replace(b"Exif\0\0", b"http\0\0")).orientation == 1
 
 
+def test_a_jpeg_header_is_found_behind_tables_and_as_soon_as_it_is_there() -> None:
+    data = FILES["jpeg"][0]
+    for marker in (0xC4, 0xC8, 0xCC, 0xDB, 0xDD, 0xFE):  # tables and comments that look like frames of 2056 x 2056
+        segment = b"\xff" + bytes([marker]) + b"\0\x0c" + b"\x08" * 10
+        assert read_header(data[:2] + segment + data[2:]) == (WIDTH, HEIGHT, 1, False)
+    frame = data.index(b"\xff\xc0")
+    assert read_header(data[: frame + 8]) is None
+    assert read_header(data[: frame + 9]) == (WIDTH, HEIGHT, 1, False)
+    assert read_header(data[:2] + b"\xff\xd0\xff\x01" + data[2:]) == (WIDTH, HEIGHT, 1, False)
+
+
 # -- damage ---------------------------------------------------------------------------------------------------
 
 

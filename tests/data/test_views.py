@@ -303,3 +303,11 @@ def test_the_partners_of_a_block_depend_on_every_part_of_their_key() -> None:
     assert [j - 8 for j in base[8:]] != base[:8], "blocks of a lane have partners of their own"
     for changes in ({"seed": 2}, {"step": 3}, {"lanes": [5] * 16}):
         assert of(**changes) != base
+
+
+@pytest.mark.parametrize("at_once", [0, 1, 3])
+def test_how_many_rectangles_are_drawn_at_once_changes_no_mask(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, spec = SampleKeys(1, 0, 0, np.arange(50), 0).mask_keys(), MaskSpec(cells=14, ratio=0.2, blockwise=True)
+    masks = draw_masks(keys, spec)
+    monkeypatch.setattr(views, "DRAWN_AT_ONCE", at_once)
+    assert (draw_masks(keys, spec) == masks).all()
