@@ -260,7 +260,49 @@ def test_a_failed_block_is_no_room_to_be_made(root: Path) -> None:
     play.reader.ahead(replace_small(play.rows(1, 0, 1)))
     play.sources[0].fetch = good  # type: ignore[method-assign]
     play.reader.ahead(replace_small(play.rows(60, 0, 1)))
-    assert len(play.reader._blocks) >= 2
+    failed = [future.exception() is not None for future in play.reader._blocks.values()]
+    assert any(failed) and not failed[-1], "the failure of one is not another's"
+
+
+class Late(Future):
+    """A block that is dropped for room between its being found and its being used."""
+
+    def __init__(self, samples: dict, drop: Callable[[], None]) -> None:
+        super().__init__()
+        self.set_result(samples)
+        self.drop: Callable[[], None] | None = drop
+
+    def result(self, timeout: float | None = None) -> dict:
+        if drop := self.drop:
+            self.drop = None
+            drop()
+        return super().result(timeout)
+
+
+def test_a_block_that_is_dropped_while_it_is_used_is_counted_once(root: Path) -> None:
+    play = Play(root)
+    rows = replace_small(play.rows(1, 0, 1))
+    play.reader.ahead(rows)
+    (source, epoch, block), found = next(item for item in play.reader._blocks.items() if item[0][2] >= 0)
+    play.reader._capacity = 0
+    later = replace_small(play.rows(50, 0, 1))
+    play.reader._blocks[source, epoch, block] = Late(found.result(), lambda: play.reader.ahead(later))
+    id = play.order.block_ids(epoch, block)[0]
+    assert play.reader.read(source, epoch, id) == play.plain.read(source, epoch, id)
+    assert play.reader.held == sum(
+        sum(map(len, s.parts.values())) for f in play.reader._blocks.values() for s in f.result().values()
+    )
+
+
+def test_a_block_is_asked_for_once_on_both_sides_of_an_epochs_edge(root: Path) -> None:
+    play = Play(root)
+    before, after = (replace_small(play.rows(play.steps_of(1) + step, 0, 1)) for step in (-4, 3))
+    assert set(before.epoch.tolist()) == {0} and set(after.epoch.tolist()) == {1}
+    for rows in (before, after):
+        play.reader.ahead(rows)
+    asked = [ids for _, ids in play.fetches if len(ids) == 32]
+    play.reader.ahead(before)
+    assert [ids for _, ids in play.fetches if len(ids) == 32] == asked and asked
 
 
 def test_blocks_are_what_brute_force_says() -> None:

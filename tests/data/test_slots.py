@@ -36,6 +36,14 @@ def test_fields_are_a_batchs_tensors_aligned_and_apart(layout: SlotLayout) -> No
     assert all(len(array) == layout.rows for array in slot.values())
 
 
+def test_types_are_the_contracts() -> None:
+    kinds = {name: np.dtype(kind).name for name, (kind, _) in LAYOUTS[0].fields().items()}
+    expected = {"target_NHWC": "uint8", "other_NHWC": "uint8", "box_NV4": "int32", "size_N2": "int32"}
+    expected |= {"flip_NV": "bool", "mask_NPP": "bool", "text_valid_N": "bool", "text_NT": "int64"}
+    expected |= {"colour_NV34": "float32", "solarize_NV": "float32"}
+    assert kinds == dict.fromkeys(kinds, "int64") | expected
+
+
 def test_a_slot_becomes_tensors_without_a_copy() -> None:
     layout = LAYOUTS[1]
     slot = layout.slot(bytearray(layout.num_bytes))
