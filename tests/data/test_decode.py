@@ -537,6 +537,11 @@ def test_what_shrinks_to_whole_pixels_is_their_mean(photo: np.ndarray, factor: i
     box = (3, 5, 20 * factor, 20 * factor)
     mean = photo[3 : 3 + box[2], 5 : 5 + box[3]].reshape(20, factor, 20, factor, 3).mean((1, 3))
     assert np.abs(crop_resize(photo, box, 20) - mean).max() <= 0.5 + 1e-9
+    # One side alone as well.
+    tall, wide = photo[3 : 3 + box[2], 5:25], photo[3:23, 5 : 5 + box[3]]
+    down, across = tall.reshape(20, factor, 20, 3).mean(1), wide.reshape(20, 20, factor, 3).mean(2)
+    assert np.abs(crop_resize(photo, (3, 5, box[2], 20), 20) - down).max() <= 0.5 + 1e-9
+    assert np.abs(crop_resize(photo, (3, 5, 20, box[3]), 20) - across).max() <= 0.5 + 1e-9
 
 
 def test_stripes_average_to_grey_and_a_pixel_fills_its_view() -> None:

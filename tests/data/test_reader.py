@@ -14,7 +14,7 @@ import pytest
 from m3i_large.data.mixture import Mixture, MixtureRows
 from m3i_large.data.reader import BlockReader, SampleReader, reads_blocks
 from m3i_large.data.source_config import SourceConfig
-from m3i_large.data.sources import Source, open_sources
+from m3i_large.data.sources import Encoded, Source, open_sources
 from m3i_large.errors import OutageError
 
 LANES, QUOTA, WINDOW = 4, 2, 4
@@ -66,6 +66,13 @@ class Play:
         self.pool = pool or Immediate()
         self.reader = BlockReader(self.sources, self.mixture, self.pool, capacity=capacity)
         self.plain = SampleReader(open_sources(configs, root))
+        self._expected: dict[tuple[int, int], Encoded] = {}
+
+    def expected(self, source: int, id: int) -> Encoded:
+        """What a single read gives."""
+        if (source, id) not in self._expected:
+            self._expected[source, id] = self.plain.read(source, 0, id)
+        return self._expected[source, id]
 
     def _requested(self, read: Callable) -> Callable:
         def requested(name: str, offset: int, size: int, **more: object) -> bytes:
@@ -96,7 +103,7 @@ class Play:
                 self.reader.ahead(self.rows(announced, rank, world))
             rows = self.rows(step, rank, world)
             for s, e, i in zip(rows.source.tolist(), rows.epoch.tolist(), rows.id.tolist(), strict=True):
-                assert self.reader.read(s, e, i) == self.plain.read(s, e, i)
+                assert self.reader.read(s, e, i) == self.expected(s, i)
             yield step
 
 
