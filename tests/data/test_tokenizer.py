@@ -54,7 +54,7 @@ CAPTIONS = [
     "a\u2028b\u0085c\x1cd",
     "a &amp;amp;amp;lt; b, &amp;amp;quot;c&amp;amp;quot;",
     "&Atilde;&copy; &eacute; &#233; &bogus; &",
-    "<b>caf&eacute;</b>",
+    "<b>caf&eacute;</b> &amp;lt;i&amp;gt;",
     "x" * 3000,
 ]
 

@@ -311,3 +311,15 @@ def test_how_many_rectangles_are_drawn_at_once_changes_no_mask(at_once: int, mon
     masks = draw_masks(keys, spec)
     monkeypatch.setattr(views, "DRAWN_AT_ONCE", at_once)
     assert (draw_masks(keys, spec) == masks).all()
+
+
+def test_a_rectangle_has_at_least_16_of_196_cells() -> None:
+    """So where 16 cells are hidden one rectangle does it, but for what rounding leaves."""
+    masks = draw_masks(
+        SampleKeys(1, 0, 0, np.arange(400), 0).mask_keys(), MaskSpec(cells=14, ratio=180 / 196, blockwise=True)
+    )
+    together = 0
+    for hidden in ~masks:
+        rows, columns = np.nonzero(hidden)
+        together += int(np.ptp(rows) + 1) * int(np.ptp(columns) + 1) <= 20
+    assert together > 200
