@@ -1,7 +1,9 @@
 """Counts replaced samples and says when there are too many of them."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -22,8 +24,11 @@ class BadSampleLedger:
         self._budget, self._names = budget, names
         self._drawn = [0] * len(names)
         self._in_a_row = [0] * len(names)
+        self._longest = [0] * len(names)
         self._bad: list[deque[int]] = [deque() for _ in names]
         self._last: dict[str, BadSample] = {}
+        # In whole samples, by the share's decimal digits: 0.29 of 100 is 29, not 28.999.
+        self._most = math.floor(Fraction(str(budget.share)) * budget.window)
 
     def count(self, source_N: np.ndarray, substitute_N: np.ndarray, bad: Sequence[BadSample]) -> None:
         """Takes one micro-batch: the source of each row, its substitute's number (0: itself), and what was bad."""
@@ -34,23 +39,18 @@ class BadSampleLedger:
                 self._in_a_row[source] = self._in_a_row[source] + 1 if replaced else 0
                 if replaced:
                     self._bad[source].append(self._drawn[source])
-                    self._refuse_row(source)
+                self._longest[source] = max(self._longest[source], self._in_a_row[source])
             while self._bad[source] and self._bad[source][0] <= self._drawn[source] - self._budget.window:
                 self._bad[source].popleft()
 
     def check(self) -> None:
         """Raises UserError where a source is over its budget, naming it, the figures and the last bad sample."""
         for source, name in enumerate(self._names):
-            most = self._budget.share * self._budget.window
-            if len(self._bad[source]) > most:
+            if (row := self._longest[source]) >= (limit := self._budget.in_a_row):
+                self._refuse(name, f"{row} samples in a row", f"below {limit} (in_a_row)")
+            if (bad := len(self._bad[source])) > self._most:
                 seen = min(self._drawn[source], self._budget.window)
-                self._refuse(
-                    name, f"{len(self._bad[source])} of the last {seen} samples", f"at most {most:.0f} (share)"
-                )
-
-    def _refuse_row(self, source: int) -> None:
-        if self._in_a_row[source] >= (most := self._budget.in_a_row):
-            self._refuse(self._names[source], f"{self._in_a_row[source]} samples in a row", f"below {most} (in_a_row)")
+                self._refuse(name, f"{bad} of the last {seen} samples", f"at most {self._most} (share)")
 
     def _refuse(self, name: str, got: str, needed: str) -> None:
         last = self._last[name]

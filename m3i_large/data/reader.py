@@ -8,11 +8,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
+
 from m3i_large.data.mixture import Mixture, MixtureRows
 from m3i_large.data.sources import Encoded, Source
 from m3i_large.data.storage import is_url
 
-BlockKey = tuple[int, int, int]  # source, epoch, block
+BlockKey = tuple[int, int, int]  # source, epoch, block, or ~id of a sample that belongs to none
 
 
 class SampleReader:
@@ -32,8 +34,9 @@ class SampleReader:
 class BlockReader:
     """Reads blocks of consecutive samples ahead of time and keeps each sample until it is used, once.
 
-    A block's samples are all drawn by one lane within one window (SAMPLER 0.3), so by this rank, soon. A sample that no
-    block holds (crumbs; the first steps after a start, before blocks have come; blocks dropped for room) is read alone.
+    A block's samples are all drawn by one lane within one window (SAMPLER 0.3), so by this rank, soon. A sample of no
+    block (crumbs; every one of a small source) is read ahead of time by itself, as a block of one. Samples of the first
+    steps after a start and of blocks that were dropped for room are read when they are needed.
 
     Args:
         pool: threads for the reads.
@@ -44,18 +47,21 @@ class BlockReader:
         self._sources, self._mixture, self._pool, self._capacity = sources, mixture, pool, capacity
         self._lock = threading.Lock()
         self._blocks: OrderedDict[BlockKey, Future[dict[int, Encoded]]] = OrderedDict()
-        self._asked: dict[tuple[int, int], set[int]] = {}
+        # A byte for each block of an epoch, not a set: there may be ten million.
+        self._asked: dict[tuple[int, int], bytearray] = {}
         self.held = 0
 
     def ahead(self, rows: MixtureRows) -> None:
-        """Begins to read the blocks of rows that are needed in some steps."""
+        """Begins to read the blocks of rows that are needed in some steps; each row is announced once."""
         for source, order in enumerate(self._mixture.orders):
             here = rows.source == source
-            if not order.K or not here.any():
+            if not here.any():
                 continue
-            blocks = order.blocks(rows.epoch[here], rows.id[here])
-            for epoch, block in dict.fromkeys(zip(rows.epoch[here].tolist(), blocks.tolist(), strict=True)):
-                if block >= 0 and self._is_new(source, epoch, block):
+            epochs, ids = rows.epoch[here], rows.id[here]
+            blocks = order.blocks(epochs, ids)
+            blocks = np.where(blocks < 0, ~ids, blocks)
+            for epoch, block in dict.fromkeys(zip(epochs.tolist(), blocks.tolist(), strict=True)):
+                if block < 0 or self._is_new(source, epoch, block):
                     future = self._pool.submit(self._fetch, source, epoch, block)
                     with self._lock:
                         self._blocks[source, epoch, block] = future
@@ -64,6 +70,7 @@ class BlockReader:
         """One sample's parts, from its block if that was read; OutageError where the storage fails."""
         order = self._mixture.orders[source]
         block = int(order.blocks([epoch], [id])[0]) if order.K else -1
+        block = ~id if block < 0 else block
         with self._lock:
             future = self._blocks.get((source, epoch, block))
         if future is not None:
@@ -81,15 +88,15 @@ class BlockReader:
     def _is_new(self, source: int, epoch: int, block: int) -> bool:
         asked = self._asked.get((source, epoch))
         if asked is None:
-            asked = self._asked[source, epoch] = set()
+            order = self._mixture.orders[source]
+            asked = self._asked[source, epoch] = bytearray(order.Kt * order.V)
             self._asked.pop((source, epoch - 2), None)
-        if block in asked:
-            return False
-        asked.add(block)
-        return True
+        new = not asked[block]
+        asked[block] = True
+        return new
 
     def _fetch(self, source: int, epoch: int, block: int) -> dict[int, Encoded]:
-        ids = self._mixture.orders[source].block_ids(epoch, block)
+        ids = [~block] if block < 0 else self._mixture.orders[source].block_ids(epoch, block)
         samples = dict(zip(ids, self._sources[source].fetch(ids), strict=True))
         with self._lock:
             self.held += sum(map(_size, samples.values()))
@@ -105,8 +112,9 @@ class BlockReader:
 
 def reads_blocks(choice: str, sources: Sequence[Source]) -> bool:
     """Resolves data.read: `auto` reads blocks where any shard is remote."""
-    remote = any(is_url(source.storage.location(row.name)) for source in sources for row in source.shards[:1])
-    return choice == "block" or (choice == "auto" and remote)
+    if choice != "auto":
+        return choice == "block"
+    return any(is_url(source.storage.location(row.name)) for source in sources for row in source.shards)
 
 
 def _size(sample: Encoded) -> int:

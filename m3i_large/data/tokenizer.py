@@ -77,10 +77,10 @@ class Tokenizer:
     def _clean(self, text: str) -> str:
         """As CLIP: broken encodings mended, HTML entities resolved, white space collapsed, lower case."""
         text = text[: CHARACTERS_PER_TOKEN * self.context_length]
-        if not (text.isascii() and text.isprintable()):  # else there is nothing to mend
+        if "&" in text:  # may hide what is to be mended
+            text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        elif not (text.isascii() and text.isprintable()):  # else there is nothing to mend
             text = ftfy.fix_text(text)
-        if "&" in text:
-            text = html.unescape(html.unescape(text))
         return " ".join(text.split()).lower()
 
 

@@ -22,6 +22,7 @@ AREA, RATIO, TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRE
 LUMA = np.array([0.299, 0.587, 0.114])
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
 SOLARIZE_ABOVE, NO_SOLARIZE = 0.5, 2.0
+DRAWN_AT_ONCE = 8  # rectangles of a blockwise mask; few masks need more
 
 
 @dataclass(frozen=True)
@@ -137,31 +138,40 @@ def draw_masks(keys_N: np.ndarray, spec: MaskSpec) -> np.ndarray:
     size = spec.cells**2
     visible = round(spec.ratio * size)
     if spec.blockwise:
-        return ~np.stack([_blocks(keys_N[i : i + 1], spec.cells, hidden=size - visible) for i in range(len(keys_N))])
+        draws_NA4 = uniform(keys_N[:, None] + np.arange(DRAWN_AT_ONCE, dtype=np.uint64), 4)
+        rows = zip(keys_N, draws_NA4.tolist(), strict=True)
+        return ~np.stack([_blocks(one, draws, spec.cells, hidden=size - visible) for one, draws in rows])
     places = feistel(np.arange(size)[None], size, keys_N[:, None])
     return (places < visible).reshape(-1, spec.cells, spec.cells)
 
 
-def _blocks(keys: np.ndarray, cells: int, *, hidden: int) -> np.ndarray:
+def _blocks(one: np.uint64, draws_A4: list[list[float]], cells: int, *, hidden: int) -> np.ndarray:
     """Random rectangles until exactly `hidden` cells are covered; the last one is cut in reading order.
 
     As in BEiT: at least 16 of 196 cells each (in proportion on other grids), at most what is left; sides 0.3 to 1 / 0.3
     to one another, log-uniform.
+
+    Args:
+        one: the key of the mask.
+        draws_A4: its first draws; further ones are made here.
     """
     covered = np.zeros((cells, cells), bool)
     least = max(1.0, 16 * cells * cells / 196)
-    attempt = 0
-    while (left := hidden - int(covered.sum())) > 0:
-        area, ratio, y, x = uniform(keys + np.uint64(attempt), 4)[0]
+    attempt, left = 0, hidden
+    while left > 0:
+        if attempt < len(draws_A4):
+            area, ratio, y, x = draws_A4[attempt]
+        else:
+            area, ratio, y, x = uniform(np.atleast_1d(one) + np.uint64(attempt), 4)[0].tolist()
         area = least + area * max(0.0, left - least)
-        aspect = np.exp((2 * ratio - 1) * np.log(1 / 0.3))
-        h = min(cells, max(1, round(float(np.sqrt(area * aspect)))))
-        w = min(cells, max(1, round(float(np.sqrt(area / aspect)))))
+        aspect = math.exp((2 * ratio - 1) * math.log(1 / 0.3))
+        h = min(cells, max(1, round(math.sqrt(area * aspect))))
+        w = min(cells, max(1, round(math.sqrt(area / aspect))))
         top, start = int(y * (cells - h + 1)), int(x * (cells - w + 1))
-        block = np.zeros_like(covered)
-        block[top : top + h, start : start + w] = True
-        new = np.flatnonzero(block & ~covered)[:left]
-        covered.reshape(-1)[new] = True
+        block = covered[top : top + h, start : start + w]
+        rows, columns = np.nonzero(~block)
+        block[rows[:left], columns[:left]] = True
+        left -= min(left, len(rows))
         attempt += 1
     return covered
 

@@ -1,8 +1,6 @@
 """Batches: the same at every number of ranks, threads and micro-steps, and true to the pixels they came from."""
 
 import hashlib
-import io
-import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -12,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from PIL import Image
 
 from m3i_large.data.batch import Batch
 from m3i_large.data.config import DataConfig
-from m3i_large.data.decode import crop_resize, decode_rgb
 from m3i_large.data.loader import Loader
 from m3i_large.data.mixture import Mixture
 from m3i_large.data.producer import BadSample, LoaderJob
@@ -239,46 +235,3 @@ def test_what_is_hopeless_stops_with_a_name(data: Path, tmp_path: Path) -> None:
         next(stream)
     with pytest.raises(UserError, match=r"objective\.mix\.block: got 3"):
         loader(data, block=3)
-
-
-# -- decoding ------------------------------------------------------------
-
-
-def pil(image: Image.Image, kind: str, **more: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **more)
-    return buffer.getvalue()
-
-
-def test_decoding_agrees_with_pillow() -> None:
-    smooth = Image.fromarray(
-        cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (40, 50, 3)).astype(np.uint8), (0, 0), 4)
-    )
-    assert np.array_equal(decode_rgb(pil(smooth, "PNG")), np.array(smooth))
-    assert np.array_equal(decode_rgb(pil(smooth, "WEBP", lossless=True)), np.array(smooth))
-    jpeg = pil(smooth, "JPEG", quality=90)
-    assert np.abs(decode_rgb(jpeg).astype(int) - np.array(Image.open(io.BytesIO(jpeg)))).max() <= 4
-    grey = smooth.convert("L")
-    for kind in ("PNG", "JPEG"):
-        image = decode_rgb(pil(grey, kind))
-        assert image.shape == (40, 50, 3) and (image[..., 0] == image[..., 2]).all()
-    clear = smooth.copy()
-    clear.putalpha(Image.fromarray(np.tile(np.linspace(0, 255, 50).astype(np.uint8), (40, 1))))
-    white = Image.new("RGBA", clear.size, "white")
-    white.alpha_composite(clear)
-    assert np.abs(decode_rgb(pil(clear, "PNG")).astype(int) - np.array(white.convert("RGB"))).max() <= 1
-    sixteen = encoded(".png", np.array(grey).astype(np.uint16) * 257)
-    assert np.array_equal(decode_rgb(sixteen)[..., 0], np.array(grey))
-
-
-@pytest.mark.parametrize("content", [b"", b"GIF", b"\xff\xd8\xff\xe0 cut", json.dumps({"a": 1}).encode()])
-def test_what_is_no_image_is_a_value_error(content: bytes) -> None:
-    with pytest.raises(ValueError, match=r"."):
-        decode_rgb(content)
-
-
-def test_resizing_averages_when_it_shrinks() -> None:
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[::2] = 255
-    assert np.abs(crop_resize(stripes, (0, 0, 64, 64), 8).astype(int) - 127).max() <= 2
-    assert crop_resize(stripes, (3, 5, 2, 1), 8).shape == (8, 8, 3)

@@ -52,6 +52,9 @@ CAPTIONS = [
     "\x1b[31mred\x1b[0m\x08",
     "&lt;b&gt; <b>bold</b>",
     "a\u2028b\u0085c\x1cd",
+    "a &amp;amp;amp;lt; b, &amp;amp;quot;c&amp;amp;quot;",
+    "&Atilde;&copy; &eacute; &#233; &bogus; &",
+    "<b>caf&eacute;</b> &amp;lt;i&amp;gt;",
     "x" * 3000,
 ]
 

@@ -181,3 +181,145 @@ def test_view_settings_out_of_range_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             ViewConfig(**values)
+
+
+# -- longhand ---------------------------------------------------------------------------------------------------------
+
+MASK64 = (1 << 64) - 1
+
+
+def mix(x: int) -> int:
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK64
+    return x ^ (x >> 31)
+
+
+def longhand_key(*parts: int) -> int:
+    h = 0
+    for part in parts:
+        h = mix(((h ^ part) * 0x94D049BB133111EB + 0x9E3779B97F4A7C15) & MASK64)
+    return h
+
+
+def longhand_uniform(k: int, num: int) -> list[float]:
+    return [(mix((k + i * 0x9E3779B97F4A7C15) & MASK64) >> 11) * 2.0**-53 for i in range(1, num + 1)]
+
+
+def test_draws_are_those_of_keys_in_plain_integers() -> None:
+    epochs, sources, ids = np.array([0, 3, 3]), np.array([1, 0, 2]), np.array([5, 10**12, 7])
+    substitutes = np.array([0, 0, 2])
+    draws = SampleKeys(11, epochs, sources, ids, substitutes).draws()
+    masks = SampleKeys(11, epochs, sources, ids, substitutes).mask_keys()
+    for n in range(3):
+        parts = (11, int(epochs[n]), int(sources[n]), int(ids[n]), int(substitutes[n]))
+        for view in range(2):
+            assert draws[n, view].tolist() == longhand_uniform(longhand_key(101, *parts, view), 14)
+        assert int(masks[n]) == longhand_key(102, *parts)
+
+
+def longhand_colour(d: list[float], mean: float, config: ViewConfig) -> list[list[float]]:
+    """Where the map sends black and the three primaries, one operation at a time on single colours."""
+    luma = [0.299, 0.587, 0.114]
+    jittered = d[5] < config.jitter_probability
+
+    def change(colour: list[float]) -> list[float]:
+        if jittered:
+            brightness, contrast, saturation = (1 + s * (2 * d[6 + i] - 1) for i, s in enumerate(config.jitter[:3]))
+            colour = [brightness * c for c in colour]
+            colour = [contrast * c + (1 - contrast) * brightness * mean for c in colour]
+            grey = sum(w * c for w, c in zip(luma, colour, strict=True))
+            colour = [saturation * c + (1 - saturation) * grey for c in colour]
+            angle = 2 * math.pi * config.jitter[3] * (2 * d[9] - 1)
+            y, i, q = (sum(w * c for w, c in zip(row, colour, strict=True)) for row in views.TO_YIQ.tolist())
+            turned = [y, math.cos(angle) * i - math.sin(angle) * q, math.sin(angle) * i + math.cos(angle) * q]
+            colour = np.linalg.solve(views.TO_YIQ, turned).tolist()
+        if d[10] < config.grey:
+            colour = 3 * [sum(w * c for w, c in zip(luma, colour, strict=True))]
+        return colour
+
+    zero = change([0.0, 0.0, 0.0])
+    columns = [change([float(i == j) for j in range(3)]) for i in range(3)]
+    return [[columns[j][i] - zero[i] for j in range(3)] + [zero[i]] for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ViewConfig(),
+        ViewConfig(jitter=(0.4, 0.4, 0.2, 0.0), grey=0.5),
+        ViewConfig(jitter=(1.0, 1.0, 1.0, 0.5), jitter_probability=1, grey=0),
+        ViewConfig(jitter=(0, 0, 0, 0.3), jitter_probability=0.5, grey=0),
+    ],
+)
+def test_colour_maps_of_many_rows_are_those_of_one_colour_at_a_time(config: ViewConfig) -> None:
+    drawn, means = draws(200, view=1), np.linspace(0, 1, 200)
+    together = views.colour_affine(drawn, means, config)
+    assert together.dtype == np.float32 and together.shape == (200, 3, 4)
+    for n in range(200):
+        expected = longhand_colour(drawn[n].tolist(), float(means[n]), config)
+        assert together[n] == pytest.approx(np.array(expected), abs=2e-6)
+    # Rows do not see each other, whatever order they come in.
+    order = np.random.default_rng(0).permutation(200)
+    assert (views.colour_affine(drawn[order], means[order], config) == together[order]).all()
+
+
+def test_blur_and_crop_use_their_own_draws() -> None:
+    base = np.full(views.NUM_DRAWS, 0.5)
+    chosen = ViewConfig(blur=0.6, crop_scale=(0.2, 0.6), crop_ratio=(0.5, 2))
+    for place in range(views.NUM_DRAWS):
+        d = base.copy()
+        d[place] = 0.9
+        assert (crop_box(d, 300, 400, chosen) != crop_box(base, 300, 400, chosen)) == (place in (0, 1, 2, 3))
+        assert (views.blur_sigma(d, 224, chosen) != views.blur_sigma(base, 224, chosen)) == (place in (11, 12))
+    assert crop_box(base, 300, 400, chosen) == (41, 91, 219, 219)  # sqrt(0.4 * 120000), in the middle
+    assert views.blur_sigma(base, 224, chosen) == pytest.approx(1.05)
+
+
+@pytest.mark.parametrize(
+    ("cells", "ratio"), [(14, 0.25), (14, 0.5), (7, 0.4), (4, 0.75), (1, 0.0), (3, 1.0), (16, 0.0)]
+)
+def test_blockwise_masks_hide_an_exact_number_in_rectangles(cells: int, ratio: float) -> None:
+    masks = draw_masks(
+        SampleKeys(1, 0, 0, np.arange(300), 0).mask_keys(), MaskSpec(cells=cells, ratio=ratio, blockwise=True)
+    )
+    assert masks.dtype == bool and (masks.sum((1, 2)) == round(ratio * cells * cells)).all()
+    if cells == 14:
+        # Neighbours go together far more often than in a mask of single cells.
+        same = (masks[:, 1:] == masks[:, :-1]).mean()
+        assert same > 0.85
+        single = draw_masks(SampleKeys(1, 0, 0, np.arange(300), 0).mask_keys(), MaskSpec(cells=cells, ratio=ratio))
+        assert (single[:, 1:] == single[:, :-1]).mean() < 0.7
+        # No place is left out, and no side is preferred to its mirror image.
+        hidden = 1 - masks.mean(0)
+        assert hidden.min() > 0.02 and np.abs(hidden - hidden[::-1]).max() < 0.2
+
+
+def test_the_partners_of_a_block_depend_on_every_part_of_their_key() -> None:
+    def of(**changes: object) -> list[int]:
+        chosen = {"lanes": [4] * 16, "seed": 1, "step": 2, "slots": 16, "block": 8} | changes
+        return draw_partners(chosen.pop("lanes"), **chosen).tolist()
+
+    base = of()
+    assert [j - 8 for j in base[8:]] != base[:8], "blocks of a lane have partners of their own"
+    for changes in ({"seed": 2}, {"step": 3}, {"lanes": [5] * 16}):
+        assert of(**changes) != base
+
+
+@pytest.mark.parametrize("at_once", [0, 1, 3])
+def test_how_many_rectangles_are_drawn_at_once_changes_no_mask(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, spec = SampleKeys(1, 0, 0, np.arange(50), 0).mask_keys(), MaskSpec(cells=14, ratio=0.2, blockwise=True)
+    masks = draw_masks(keys, spec)
+    monkeypatch.setattr(views, "DRAWN_AT_ONCE", at_once)
+    assert (draw_masks(keys, spec) == masks).all()
+
+
+def test_a_rectangle_has_at_least_16_of_196_cells() -> None:
+    """So where 16 cells are hidden one rectangle does it, but for what rounding leaves."""
+    masks = draw_masks(
+        SampleKeys(1, 0, 0, np.arange(400), 0).mask_keys(), MaskSpec(cells=14, ratio=180 / 196, blockwise=True)
+    )
+    together = 0
+    for hidden in ~masks:
+        rows, columns = np.nonzero(hidden)
+        together += int(np.ptp(rows) + 1) * int(np.ptp(columns) + 1) <= 20
+    assert together > 200
