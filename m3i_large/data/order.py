@@ -88,9 +88,14 @@ class SourceOrder:
         x = (np.asarray(id, np.int64) - self.shift(np.asarray(epoch, np.int64))) % self.n
         return np.where(x < self.Kt * self.V * self.b, x // self.b, -1)
 
+    def block(self, epoch: int, id: int) -> int:
+        """The same for one sample, quickly."""
+        x = (id - _shift(self, epoch)) % self.n
+        return x // self.b if x < self.Kt * self.V * self.b else -1
+
     def block_ids(self, epoch: int, block: int) -> list[int]:
         """The b samples of a block: consecutive, except where they wrap from n - 1 to 0 (once an epoch)."""
-        first = block * self.b + int(self.shift(np.array([epoch]))[0])
+        first = block * self.b + _shift(self, epoch)
         return [(first + i) % self.n for i in range(self.b)]
 
     def shift(self, epoch: np.ndarray) -> np.ndarray:
@@ -127,6 +132,11 @@ class SourceOrder:
         y = feistel(rr - a0 * b, (a1 - a0) * b, key(self.seed, tag, e, 2, w, u))
         block = (a0 + y // b) * V + u
         return feistel(block, Kt * V, key(self.seed, tag, e, 3)) * b + y % b
+
+
+@lru_cache(maxsize=64)
+def _shift(order: SourceOrder, epoch: int) -> int:
+    return int(order.shift(np.array([epoch]))[0])
 
 
 @lru_cache(maxsize=16)  # a small source spends most of each epoch in here

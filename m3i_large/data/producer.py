@@ -111,6 +111,8 @@ class Producer:
         config = job.config
         self._tokenizer = Tokenizer(context_length=job.context_length)
         cv2.setNumThreads(1)
+        # What is wrong with a picture is told in quarantine.jsonl, not by a line of OpenCV's for each.
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         self._decoding = ThreadPoolExecutor(config.threads, "decode") if config.threads else None
         self._reading = ThreadPoolExecutor(config.io_threads, "read") if config.threads else None
         self._reader: SampleReader | BlockReader = SampleReader(job.sources)

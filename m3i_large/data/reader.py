@@ -69,7 +69,7 @@ class BlockReader:
     def read(self, source: int, epoch: int, id: int) -> Encoded:
         """One sample's parts, from its block if that was read; OutageError where the storage fails."""
         order = self._mixture.orders[source]
-        block = int(order.blocks([epoch], [id])[0]) if order.K else -1
+        block = order.block(epoch, id) if order.K else -1
         block = ~id if block < 0 else block
         with self._lock:
             future = self._blocks.get((source, epoch, block))

@@ -1,8 +1,9 @@
-"""Slots: every field of a batch, apart from one another, aligned, and in memory that a spawned process shares."""
+"""Slots: every field of a batch, apart from one another, aligned, and in memory that another process shares."""
 
 import os
+import subprocess
+import sys
 from dataclasses import fields
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -53,13 +54,18 @@ def test_a_slot_becomes_tensors_without_a_copy() -> None:
         assert tensor.reshape(-1)[-1] == 1
 
 
-def fill(memory: SharedMemory, layout: SlotLayout, index: int) -> None:
-    for number, array in enumerate(layout.slot(memory.buffer, index).values()):
-        array[...] = number % 2 if array.dtype == bool else number
+FILL = """
+import sys
+from m3i_large.data.slots import SharedMemory, SlotLayout
+layout = SlotLayout(*map(int, sys.argv[2:]))
+memory = SharedMemory(2 * layout.num_bytes, descriptor=int(sys.argv[1]))
+for number, array in enumerate(layout.slot(memory.buffer, 1).values()):
+    array[...] = number % 2 if array.dtype == bool else number
+"""
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_memory_is_shared_with_a_spawned_process_and_outlives_its_file(
+def test_memory_is_shared_with_another_process_and_outlives_its_file(
     named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not named:  # where the system has no memfd
@@ -67,11 +73,9 @@ def test_memory_is_shared_with_a_spawned_process_and_outlives_its_file(
     layout = LAYOUTS[1]
     memory = SharedMemory(2 * layout.num_bytes)
     mine = [layout.slot(memory.buffer, index) for index in range(2)]
-    process = get_context("spawn").Process(target=fill, args=(memory, layout, 1))
-    process.start()
+    sizes = map(str, (memory.descriptor, *vars(layout).values()))
+    subprocess.run([sys.executable, "-c", FILL, *sizes], pass_fds=[memory.descriptor], check=True)
     memory.close_descriptor()
-    process.join()
-    assert process.exitcode == 0
     for number, name in enumerate(mine[1]):
         expected = number % 2 if mine[1][name].dtype == bool else number
         assert (mine[1][name] == expected).all() and not mine[0][name].any()
