@@ -235,3 +235,39 @@ def test_what_is_hopeless_stops_with_a_name(data: Path, tmp_path: Path) -> None:
         next(stream)
     with pytest.raises(UserError, match=r"objective\.mix\.block: got 3"):
         loader(data, block=3)
+
+
+def test_captions_that_are_empty_huge_or_somewhere_else(tmp_path: Path) -> None:
+    image = encoded(".png", coordinates(30, 30))
+    texts = ["", "   ", "word " * 200_000, "x" * (1 << 20), "plain", "&lt;b&gt; caf\u00e9"]
+    with wds.TarWriter(str(tmp_path / "a-000000.tar")) as writer:
+        for i in range(60):
+            writer.write({"__key__": f"{i:04d}", "png": image, "txt": texts[i % 6], "json": {"alt": f"alt {i}"}})
+    for captions, empty in ((["txt"], {0, 1}), (["txt", "json:alt"], set())):
+        sources = [{"name": "a", "kind": "image_text", "shards": "a-*.tar", "quota": 2, "captions": captions}]
+        with loader(tmp_path, sources=sources) as stream:
+            batch = next(stream)
+        for i in range(len(batch)):
+            kind, tokens = int(batch.id_N[i]) % 6, batch.text_NT[i].tolist()
+            assert bool(batch.text_valid_N[i]) == (kind not in empty)
+            assert tokens[0] == 49406 and tokens.count(49407) == 1
+            assert (tokens[1] == 49407) == (kind in empty)
+            assert (tokens[-1] == 49407) == (kind in (2, 3)), "long ones are cut and keep their end"
+
+
+def test_letterboxes_are_cut_and_boxes_lie_in_what_is_left(tmp_path: Path) -> None:
+    picture = np.full((48, 48, 3), 255, np.uint8)
+    picture[12:36] = (0, 0, 200)  # 96 x 48 shrunk to 48 x 24, padded with white
+    with wds.TarWriter(str(tmp_path / "a-000000.tar")) as writer:
+        for i in range(60):
+            meta = {"original_width": 96, "original_height": 48}
+            writer.write({"__key__": f"{i:04d}", "png": encoded(".png", picture), "txt": "t", "json": meta})
+    for letterbox in (True, False):
+        sources = [{"name": "a", "kind": "image_text", "shards": "a-*.tar", "quota": 2, "letterbox": letterbox}]
+        with loader(tmp_path, sources=sources) as stream:
+            batch = next(stream)
+        white = (batch.target_NHWC.amin(3) > 200).any()
+        assert bool(white) != letterbox
+        assert set(map(tuple, batch.size_N2.tolist())) == ({(22, 48)} if letterbox else {(48, 48)})
+        bottom = batch.box_NV4[..., 0] + batch.box_NV4[..., 2]
+        assert (bottom <= batch.size_N2[:, None, 0]).all()
