@@ -23,9 +23,14 @@ class ImageHeader(NamedTuple):
 
 def read_header(data: bytes) -> ImageHeader | None:
     """Reads the header of a JPEG, PNG, WebP, GIF or BMP file from its first bytes; None if they do not hold one."""
-    if data[:2] == b"\xff\xd8":
-        return _jpeg(data)
+    header = _header(data)
+    return header if header is not None and header.width > 0 and header.height > 0 else None
+
+
+def _header(data: bytes) -> ImageHeader | None:
     try:
+        if data[:2] == b"\xff\xd8":
+            return _jpeg(data)
         if data[:8] == b"\x89PNG\r\n\x1a\n":
             return ImageHeader(*struct.unpack_from(">II", data, 16))
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -88,6 +93,8 @@ def _orientation(tiff: bytes) -> int:
 
 def _webp(data: bytes) -> ImageHeader | None:
     kind = data[12:16]
+    if len(data) < 30:  # the shortest there is
+        return None
     if kind == b"VP8X":
         return ImageHeader(1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little"))
     if kind == b"VP8L":

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from m3i_large.data.index import Flag, ShardIndex, index_shard
+from m3i_large.data.index import MOST_NSFW, OTHER_NSFW, Flag, ShardIndex, index_shard
 from m3i_large.data.letterbox import content_size
 from m3i_large.data.source_config import JSON_FIELD, SourceConfig
-from m3i_large.data.storage import Storage, is_url
+from m3i_large.data.storage import Storage, is_url, relative_name
 from m3i_large.errors import UserError
 
 FORMAT = 1
@@ -97,7 +97,7 @@ class IndexDirectory:
 
     def shard(self, name: str) -> Path:
         """The index file of a shard."""
-        return self.path / "shards" / f"{name.replace('://', '/').lstrip('/')}.index"
+        return self.path / "shards" / f"{relative_name(name)}.index"
 
     def manifest(self, source: str) -> Path:
         """The manifest file of a source."""
@@ -111,7 +111,7 @@ def eligibility(config: SourceConfig) -> dict[str, Any]:
 
 
 def eligible_rows(index: ShardIndex, config: SourceConfig) -> np.ndarray:
-    """Rows of a shard's index that the source uses, in order -> int64."""
+    """Rows of a shard's index that the source uses, in order -> int64; UserError for a filter it cannot answer."""
     columns, filters = index.columns, config.filters
     good = (columns["flags"] & NOT_ELIGIBLE.value) == 0
     if (fields := config.target_fields) is not None:
@@ -127,6 +127,11 @@ def eligible_rows(index: ShardIndex, config: SourceConfig) -> np.ndarray:
     if filters.min_similarity is not None:
         good &= columns["similarity"] >= filters.min_similarity  # nan, none given, is never enough
     if filters.nsfw is not None:
+        if OTHER_NSFW in index.nsfw_values:
+            raise UserError(
+                f"data.sources.{config.name}.filters.nsfw: .json has more than {MOST_NSFW} different values of NSFW in "
+                f"a shard, such as {index.nsfw_values[0]!r}; needed: a column with few"
+            )
         meaning = (None, *index.nsfw_values)
         accepted = np.array([value in filters.nsfw for value in meaning])
         good &= accepted[columns["nsfw"]]

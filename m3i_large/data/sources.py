@@ -355,7 +355,10 @@ def _field(name: str, parts: dict[str, bytes], meta: dict[str, Any]) -> bytes | 
 
 
 def _meta(raw: bytes) -> dict[str, Any]:
-    meta = json.loads(raw)
+    try:
+        meta = json.loads(raw)
+    except RecursionError:
+        raise ValueError("got .json that is nested too deeply") from None
     if not isinstance(meta, dict):
         raise ValueError(f"got .json with a {type(meta).__name__}; needed: an object")
     return meta
