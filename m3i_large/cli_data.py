@@ -140,7 +140,7 @@ def data_stats(
     *,
     out: Annotated[Path | None, typer.Option(help="Directory for plots, one PNG a source.")] = None,
     shards: Annotated[
-        int, typer.Option(help="Look at so many shards of a source, spread evenly; 0: all.", min=0)
+        int, typer.Option(help="Look at so many shards of a source, spread evenly (0: all).", min=0)
     ] = 500,
     as_json: AsJson = False,
 ) -> None:

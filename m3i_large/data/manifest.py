@@ -83,7 +83,7 @@ class Manifest:
             names = tuple(ShardRow.__dataclass_fields__)
             shards = tuple(ShardRow(**dict(zip(names, row, strict=True))) for row in map(json.loads, rows))
             return cls(source=values["source"], eligibility=values["eligibility"], shards=shards)
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
             return None
 
 
