@@ -67,7 +67,7 @@ def _check_shard(row: ShardRow, *, storage: Storage, directory: IndexDirectory, 
     try:
         stat = storage.stat(row.name)
     except UserError as error:
-        return [str(error).partition(": ")[2].partition(";")[0]]
+        return [_reason(error)]
     if stat.num_bytes != row.num_bytes:
         return [f"{stat.num_bytes} bytes; {row.num_bytes} when it was indexed"]
     index = ShardIndex.load(directory.shard(row.name))
@@ -79,7 +79,7 @@ def _check_shard(row: ShardRow, *, storage: Storage, directory: IndexDirectory, 
     try:
         now = index_shard(row.name, storage)
     except (UserError, OutageError) as error:
-        return [str(error)]
+        return [_reason(error)]
     if now.checksum != row.checksum:
         return [f"its bytes have changed (checksum {now.checksum}; {row.checksum} when it was indexed)"]
     same = (now.extensions, now.nsfw_values, len(now)) == (index.extensions, index.nsfw_values, row.samples) and all(
@@ -87,6 +87,11 @@ def _check_shard(row: ShardRow, *, storage: Storage, directory: IndexDirectory, 
         for name, column in now.columns.items()
     )
     return [*([] if same else ["its index does not fit its bytes"]), *damage]
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a shard, without its name before and the advice after."""
+    return str(error).partition(": ")[2].partition("; needed")[0]
 
 
 def _stated(manifest: Manifest, storage: Storage) -> dict[str, tuple[int, str]]:

@@ -341,7 +341,9 @@ def test_a_directory_that_cannot_be_written_is_one_line(root: Path, blocked: str
         (place.parent / f".{place.name}.{os.getpid()}.tmp").mkdir()
     else:
         place.mkdir()
-    with pytest.raises(UserError, match=r"data\.index: .*\.m3i cannot be written \(.+\); needed: data\.index=DIRE") as e:
+    with pytest.raises(
+        UserError, match=r"data\.index: .*\.m3i cannot be written \(.+\); needed: data\.index=DIRE"
+    ) as e:
         build(root)
     assert "\n" not in str(e.value) and "None" not in str(e.value)
 
@@ -386,7 +388,9 @@ def test_nsfw_that_is_a_number_hinders_only_its_filter(tmp_path: Path) -> None:
     samples = [pair(f"{i:03d}", txt="t", json=json.dumps({"nsfw": i / 1000})) for i in range(count)]
     write_shard(tmp_path / "a.tar", samples)
     assert len(keys(config(), tmp_path)) == count
-    with pytest.raises(UserError, match=r"filters\.nsfw: .* more than 254 different values .* needed: a column with few"):
+    with pytest.raises(
+        UserError, match=r"filters\.nsfw: .* more than 254 different values .* needed: a column with few"
+    ):
         keys(config(filters={"nsfw": ["0.001"]}), tmp_path)
     write_shard(tmp_path / "a.tar", samples[:MOST_NSFW])
     assert keys(config(filters={"nsfw": ["0.001"]}), tmp_path) == ["001"]
