@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class SourceStats:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self) | {"at": list(QUANTILES), "classes": {str(k): v for k, v in sorted(self.classes.items())}}
+        return vars(self) | {"at": list(QUANTILES), "classes": {str(k): v for k, v in sorted(self.classes.items())}}
 
 
 def source_stats(
@@ -127,7 +127,7 @@ def plot_stats(stats: SourceStats, values: dict[str, np.ndarray], path: Path) ->
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     panels = [
         ("short_side", "shorter side, pixels", "log"),
@@ -143,9 +143,14 @@ def plot_stats(stats: SourceStats, values: dict[str, np.ndarray], path: Path) ->
         data = np.maximum(values[name], 1e-2 if name == "aspect" else 1) if scale == "log" else values[name]
         low, high = float(data.min()), float(data.max())
         high = high if high > low else low + 0.1 * abs(low) + 1e-6
-        bins = np.geomspace(low, high, 60) if scale == "log" else np.linspace(low, high, 60)
-        axis.hist(data, bins=bins, color="#3465a4")
-        axis.set_xscale(scale)
+        wide = scale == "log" and high > 4 * low
+        axis.hist(data, bins=np.geomspace(low, high, 60) if wide else np.linspace(low, high, 60), color="#3465a4")
+        if wide:
+            axis.set_xscale("log")
+            steps = (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=steps))
+            axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.set_xlabel(label)
         axis.set_ylabel("samples")
     if stats.classes:
