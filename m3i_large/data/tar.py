@@ -187,7 +187,7 @@ def _size(header: bytes, offset: int) -> int:
     """The size field: octal text, or base 256 where its first bit is set."""
     field = header[124:136]
     try:
-        size = int(field.rstrip(b"\0") or b"0", 8)
+        size = int(field.partition(b"\0")[0].strip() or b"0", 8)
         if size >= 0:  # a step back would be read forever
             return size
     except ValueError:
