@@ -285,6 +285,8 @@ def _written_to(option: str, directory: str | Path) -> Iterator[None]:
 def _shard_progress(name: str, total: int) -> Iterator[Callable[[str, int], None]]:
     """A bar on standard error that counts shards and their bytes."""
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # Into a file even an invisible bar would write an empty line.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=total)
         yield lambda shard, num_bytes: bar.advance(task)
