@@ -7,7 +7,6 @@ is the rest in lower case. Members that share a key and follow each other make o
 """
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from m3i_large.data.header import GZIP, read_header, unzipped
-from m3i_large.data.storage import ShardStat, Storage
+from m3i_large.data.storage import ShardStat, Storage, written_whole
 from m3i_large.data.tar import BLOCK, DamagedTar, Member, Window, members
 from m3i_large.errors import UserError
 
@@ -99,7 +98,6 @@ class ShardIndex:
 
     def save(self, path: Path) -> None:
         """Writes the index under a temporary name and renames it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {
             "format": FORMAT,
             "num_bytes": str(self.stat.num_bytes),
@@ -109,14 +107,10 @@ class ShardIndex:
             "damage": self.damage,
             "nsfw_values": json.dumps(self.nsfw_values),
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            # Not save_file: its faults, such as a full disk, are no OSErrors.
-            temporary.write_bytes(save({n: np.ascontiguousarray(c) for n, c in self.columns.items()}, metadata))
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        # Not save_file: its faults, such as a full disk, are no OSErrors.
+        data = save({name: np.ascontiguousarray(column) for name, column in self.columns.items()}, metadata)
+        with written_whole(path) as temporary:
+            temporary.write_bytes(data)
 
     @classmethod
     def load(cls, path: Path) -> "ShardIndex | None":

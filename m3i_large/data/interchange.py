@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_large.data.index import ShardIndex
-from m3i_large.data.storage import relative_name
+from m3i_large.data.storage import relative_name, written_whole
 from m3i_large.errors import UserError
 
 TIMM_FILES, SIZES_FILE = ("_info.json", "info.json"), "sizes.json"
@@ -91,7 +91,5 @@ def _json(path: Path) -> Any:
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(data)

@@ -6,7 +6,6 @@ directory. Opening 59 thousand shards means reading one file of a few MB; no sha
 
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import numpy as np
 from m3i_large.data.index import MOST_NSFW, OTHER_NSFW, Flag, ShardIndex, index_shard
 from m3i_large.data.letterbox import content_size
 from m3i_large.data.source_config import JSON_FIELD, SourceConfig
-from m3i_large.data.storage import Storage, is_url, relative_name
+from m3i_large.data.storage import Storage, is_url, relative_name, written_whole
 from m3i_large.errors import UserError
 
 FORMAT = 1
@@ -65,12 +64,10 @@ class Manifest:
 
     def save(self, path: Path) -> None:
         """Writes JSON lines: a header, then one shard each; whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         head = {"format": FORMAT, "source": self.source, "eligibility": self.eligibility}
         lines = [json.dumps(head), *(json.dumps(list(asdict(row).values())) for row in self.shards)]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Manifest | None":

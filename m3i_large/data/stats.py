@@ -27,7 +27,8 @@ class SourceStats:
         num_bytes: of those shards.
         flags: samples with each unusual property (data/index.py), and shards with damage under DAMAGED_SHARDS.
         nsfw: eligible samples by their NSFW value.
-        letterboxed: share of eligible samples whose picture is padded.
+        letterboxed: share of eligible samples that look like letterboxes: square, of originals that were not. So do
+            img2dataset's centre crops: look at some before `letterbox: true`.
         quantiles: by quantity, values at QUANTILES: width, height, short_side (pixels, without padding), aspect
             (width / height), image_bytes, caption_bytes (of the first caption field that a sample has as a part, 0
             where it has none), similarity.

@@ -6,8 +6,10 @@ one that was indexed is refused at once. Nothing here goes through a shell or do
 
 import os
 import random
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -150,6 +152,22 @@ class Storage:
 def is_url(name: str) -> bool:
     """Whether `name` is a URL rather than a path."""
     return "://" in name
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path` to write to, and renames it: the file is whole or not there.
+
+    The name is drawn, as process numbers repeat between the nodes that share a file system.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def relative_name(name: str) -> str:
