@@ -107,8 +107,9 @@ class ShardIndex:
             "damage": self.damage,
             "nsfw_values": json.dumps(self.nsfw_values),
         }
+        columns = {name: np.ascontiguousarray(column) for name, column in self.columns.items()}
         # Not save_file: its faults, such as a full disk, are no OSErrors.
-        data = save({name: np.ascontiguousarray(column) for name, column in self.columns.items()}, metadata)
+        data = save(columns, metadata | {"seal": _seal(metadata, columns)})
         with written_whole(path) as temporary:
             temporary.write_bytes(data)
 
@@ -121,6 +122,8 @@ class ShardIndex:
                 if metadata.get("format") != FORMAT:
                     return None
                 columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata.pop("seal") != _seal(metadata, columns):
+                return None
             return cls(
                 stat=ShardStat(int(metadata["num_bytes"]), metadata["mark"]),
                 checksum=metadata["checksum"],
@@ -178,6 +181,16 @@ def index_shard(name: str, storage: Storage, *, progress: Callable[[int], object
         nsfw_values=tuple(table.nsfw_values),
         columns=table.columns(),
     )
+
+
+def _seal(metadata: dict[str, str], columns: dict[str, np.ndarray]) -> str:
+    """A checksum of an index itself: a damaged one would give wrong bytes to training without a word."""
+    total = xxhash.xxh3_64(json.dumps(sorted(metadata.items())).encode())
+    for name in sorted(columns):
+        column = columns[name]
+        total.update(f"{name} {column.dtype} {column.shape}".encode())
+        total.update(column.tobytes())
+    return total.hexdigest()
 
 
 def split_name(name: bytes) -> tuple[bytes, str] | None:

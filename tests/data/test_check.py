@@ -3,9 +3,11 @@
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from shards import pair, write_shard
 
@@ -49,13 +51,16 @@ def test_nothing_is_said_of_what_is_as_it_was(root: Path, options: dict[str, Any
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_missing_and_shorter_shards(root: Path, quick: bool) -> None:
+def test_missing_longer_and_shorter_shards(root: Path, quick: bool) -> None:
     manifest = made(root)
     (root / "d0/0.tar").unlink()
+    longer = os.path.getsize(root / "d1/1.tar") + 512
+    os.truncate(root / "d1/1.tar", longer)
     size = os.path.getsize(root / "d2/2.tar")
     os.truncate(root / "d2/2.tar", size - 512)
     assert check(root, manifest, quick=quick) == [
         f"{root}/d0/0.tar: No such file or directory",
+        f"{root}/d1/1.tar: {longer} bytes; {longer - 512} when it was indexed",
         f"{root}/d2/2.tar: {size - 512} bytes; {size} when it was indexed",
     ]
 
@@ -81,7 +86,9 @@ def test_a_flipped_byte_is_found_by_reading(root: Path) -> None:
 
 
 @pytest.mark.parametrize("quick", [True, False])
-@pytest.mark.parametrize("how", ["missing", "empty", "cut", "of another shard", "without metadata"])
+@pytest.mark.parametrize(
+    "how", ["missing", "empty", "cut", "of another shard", "without metadata", "flipped", "renamed"]
+)
 def test_a_lost_index_is_found(root: Path, quick: bool, how: str) -> None:
     manifest, directory = made(root), IndexDirectory(root)
     path = directory.shard("d1/1.tar")
@@ -91,24 +98,47 @@ def test_a_lost_index_is_found(root: Path, quick: bool, how: str) -> None:
     else:
         other = directory.shard("d0/0.tar").read_bytes()
         renamed = data.replace(b'"damage"', b'"damagf"')
-        path.write_bytes({"empty": b"", "cut": data[:-1], "of another shard": other, "without metadata": renamed}[how])
+        contents = {
+            "empty": b"",
+            "cut": data[:-1],
+            "of another shard": other,
+            "without metadata": renamed,
+            "flipped": data[:-20] + bytes([data[-20] ^ 1]) + data[-19:],
+            "renamed": data.replace(b'"width"', b'"widht"'),
+        }
+        assert contents[how] != data
+        path.write_bytes(contents[how])
     (problem,) = check(root, manifest, quick=quick)
     assert problem == f"{root}/d1/1.tar: its index {path} is missing, damaged or of another version"
+    assert made(root) == manifest and check(root, manifest, quick=quick) == [], "m3i data index mends it"
 
 
 def test_an_index_that_says_something_else_is_found(root: Path) -> None:
+    """Whole files that another program, or another version of this one, wrote."""
     manifest, directory = made(root), IndexDirectory(root)
-    for name, damage in (
-        ("d0/0.tar", lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]),
-        ("d1/1.tar", lambda data: data.replace(b'[\\"a\\",', b'[\\"z\\",')),
-        ("d2/2.tar", lambda data: data.replace(b'"width"', b'"widht"')),
-    ):
-        path = directory.shard(name)
-        data = path.read_bytes()
-        path.write_bytes(damage(data))
-        assert path.read_bytes() != data
-    assert check(root, manifest, quick=True) == []
-    assert check(root, manifest) == [f"{root}/d{i}/{i}.tar: its index does not fit its bytes" for i in range(3)]
+
+    def rewrite(number: int, **changed: Any) -> None:
+        path = directory.shard(f"d{number}/{number}.tar")
+        index = ShardIndex.load(path)
+        assert index is not None
+        columns = index.columns | changed.pop("columns", {})
+        replace(index, columns={k: v for k, v in columns.items() if v is not None}, **changed).save(path)
+
+    similarity = np.array([0.5, 0.5, 0.5, 0.25], np.float32)
+    cases: list[dict[str, Any]] = [
+        {"nsfw_values": ("z", "b", "c", "d")},
+        {"extensions": ("jpg", "text", "json")},
+        {"columns": {"similarity": similarity}},
+        {"columns": {"width": None}},
+    ]
+    for case in cases:
+        rewrite(1, **case)
+        assert check(root, manifest, quick=True) == []
+        assert check(root, manifest) == [f"{root}/d1/1.tar: its index does not fit its bytes"]
+        directory.shard("d1/1.tar").unlink()
+        assert made(root) == manifest and check(root, manifest) == []
+    wrong = replace(manifest, shards=(*manifest.shards[:2], replace(manifest.shards[2], samples=5)))
+    assert check(root, wrong) == [f"{root}/d2/2.tar: its index does not fit its bytes"]
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -126,22 +156,23 @@ STATED = {
 }
 
 
+@pytest.mark.parametrize("said", [3, 7])
 @pytest.mark.parametrize("name", [*STATED, "1.tar.idx"])
-def test_counts_beside_the_shards_are_compared(root: Path, name: str) -> None:
+def test_counts_beside_the_shards_are_compared(root: Path, name: str, said: int) -> None:
     manifest = made(root)
     path = root / "d1" / name
     if name == "1.tar.idx":
-        path.write_bytes(struct.pack("8Q", *range(8)))
+        path.write_bytes(struct.pack(f"{said + 1}Q", *range(said + 1)))
     else:
-        path.write_text(json.dumps(STATED[name]))
+        path.write_text(json.dumps(STATED[name]).replace("7", str(said)))
     for quick in (True, False):
-        assert check(root, manifest, quick=quick) == [f"{root}/d1/1.tar: 4 samples; {name} says 7"]
+        assert check(root, manifest, quick=quick) == [f"{root}/d1/1.tar: 4 samples; {name} says {said}"]
     if name == "1.tar.idx":
         index = ShardIndex.load(IndexDirectory(root).shard("d1/1.tar"))
         assert index is not None
         write_energon(index, path)
     else:
-        path.write_text(path.read_text().replace("7", "4"))
+        path.write_text(path.read_text().replace(str(said), "4"))
     assert check(root, manifest) == []
     # Beside another shard it says nothing of this one.
     path.rename(root / "d2" / name)

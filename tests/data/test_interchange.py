@@ -15,7 +15,7 @@ from m3i_large.errors import UserError
 
 MEMBERS = [
     ("d.1/a.jpg", fake_image(bytes(700))), ("d.1/a.TXT", b"one"), ("d.1/a.seg.png", b""),
-    ("b.jpg", fake_image()), ("b.txt", bytes(512)),
+    ("b.txt", bytes(512)), ("b.jpg", fake_image()),
     ("l" * 180 + ".jpg", fake_image(bytes(1500))), ("l" * 180 + ".txt", b"long"),
     ("ключ.jpg", fake_image()), ("ключ.json", b"{}"),
     ("z.cls", b"1"),

@@ -204,6 +204,7 @@ def test_a_manifest_comes_back_as_it_was(root: Path) -> None:
         {"kind": "image"},
         {"captions": ["txt", "alt.txt"]},
         {"letterbox": True},
+        {"category_field": "label"},
     ],
 )
 def test_a_manifest_of_other_settings_is_remade_or_refused(root: Path, changed: dict[str, Any]) -> None:

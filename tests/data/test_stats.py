@@ -1,6 +1,7 @@
 """The figures of m3i data stats against a loop over the samples."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from shards import fake_image, pair, write_shard
 
 from m3i_large.data import stats as module
-from m3i_large.data.manifest import IndexDirectory
+from m3i_large.data.manifest import IndexDirectory, build_manifest
 from m3i_large.data.source_config import SourceConfig
 from m3i_large.data.sources import Source
 from m3i_large.data.stats import QUANTILES, plot_stats, source_stats
@@ -159,3 +160,12 @@ def test_shards_without_samples_can_be_looked_at(tmp_path: Path) -> None:
     stats, values = source_stats(open_source(tmp_path), most_shards=1)
     assert (stats.eligible, stats.letterboxed, stats.quantiles) == (0, 0.0, {})
     plot_stats(stats, values, tmp_path / "s.png")
+
+
+def test_damaged_shards_are_counted(root: Path) -> None:
+    os.truncate(root / "1.tar", 6000)
+    chosen = SourceConfig(name="s", kind="image_text", shards="*.tar")
+    names = [f"{number}.tar" for number in range(4)]
+    build_manifest(chosen, names, Storage(root), IndexDirectory(root), salvage=True)
+    stats, _ = source_stats(open_source(root))
+    assert stats.flags["DAMAGED_SHARDS"] == 1 and 18 < stats.eligible < 24
