@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from shards import fake_image, pair, write_shard
 
 from m3i_large.data.demo import build_demo_data
-from m3i_large.data.manifest import IndexDirectory, build_manifest
+from m3i_large.data.manifest import IndexDirectory, Manifest, build_manifest
 from m3i_large.data.source_config import SourceConfig
 from m3i_large.data.sources import LONGEST_CAPTION, Source, expand, manifest_hash, open_sources
 from m3i_large.data.storage import OPEN_FILES, Storage
@@ -216,6 +216,7 @@ class Counting(Storage):
         self.ranges: list[tuple[str, int, int]] = []
 
     def read(self, name: str, offset: int, size: int, *, mark: str | None = None) -> bytes:
+        assert mark == self.stat(name).mark, "objects are pinned to what was indexed"
         self.ranges.append((name, offset, size))
         return super().read(name, offset, size, mark=mark)
 
@@ -319,6 +320,15 @@ def test_a_long_caption_is_cut_even_inside_a_character(tmp_path: Path, before: s
     assert source.read(0).text == want and sum(size for _, _, size in storage.ranges) < 2 * LONGEST_CAPTION
     assert source.read(1).text == "x" * LONGEST_CAPTION
     assert open_source(config(captions=["json:c"]), tmp_path).read(0).text == want
+
+
+def test_a_manifest_of_other_filters_is_refused(root: Path) -> None:
+    """Ids would mean other samples."""
+    source = open_source(config(shards="b-*.tar"), root)
+    stricter = config(shards="b-*.tar", filters={"min_size": 100})
+    manifest = Manifest(source="s", eligibility={}, shards=source.shards)
+    with pytest.raises(UserError, match=r"shard b-000000\.tar: 0 eligible samples, manifest 1; needed: m3i data index"):
+        Source(stricter, manifest, source.storage, source.directory).read(0)
 
 
 def test_class_maps(tmp_path: Path) -> None:

@@ -66,3 +66,21 @@ def test_faults_that_pass_are_ridden_out(root: Path, monkeypatch: pytest.MonkeyP
     faults += [OSError(5, "Input/output error")] * 5
     with pytest.raises(OutageError, match=r"Input/output error; gave up after 0 s of retries \(data.retry_s\)"):
         Storage(root, retry_s=0).read("a", 0, 3)
+
+
+def test_a_stale_handle_is_opened_anew(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a network file system gives one out after its server was restarted."""
+    pread, stale = os.pread, os.stat(root / "a").st_ino
+
+    def failing(descriptor: int, size: int, offset: int) -> bytes:
+        if os.fstat(descriptor).st_ino == stale:
+            raise OSError(116, "Stale file handle")
+        return pread(descriptor, size, offset)
+
+    (root / "c").write_bytes(b"c" * 100)
+    monkeypatch.setattr(
+        module.time, "sleep", lambda seconds: (root / "c").exists() and os.replace(root / "c", root / "a")
+    )
+    monkeypatch.setattr(module.os, "pread", failing)
+    storage = Storage(root, retry_s=2)
+    assert storage.read("a", 0, 3) == b"ccc" and storage.retries == 1
