@@ -348,3 +348,20 @@ def test_an_index_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):  # an OSError, as a full disk is, and not safetensors' own
         found.save(tmp_path / "sub" / "a.index")
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["a.index"]
+
+
+def test_nsfw_values_beyond_the_codes_are_joined(tmp_path: Path) -> None:
+    numbers = [*range(300), 0, 5]  # values met before keep their codes
+    members = [(f"{i}.json", json.dumps({"nsfw": n}).encode()) for i, n in enumerate(numbers)]
+    found = index(write_tar(tmp_path / "a.tar", members))
+    assert found.nsfw_values == (*map(str, range(254)), "(others)")
+    codes = found.columns["nsfw"].tolist()
+    assert codes == [*range(1, 255), *[255] * 46, 1, 6]
+
+
+def test_the_checksum_and_the_progress_reach_the_end_of_the_file(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", fake_image())])
+    path.write_bytes(path.read_bytes() + bytes(9 << 20))  # more filling than is read at once
+    seen: list[int] = []
+    found = index_shard(path.name, Storage(tmp_path), progress=seen.append)
+    assert found.checksum == xxhash.xxh3_128_hexdigest(path.read_bytes()) and sum(seen) == path.stat().st_size
