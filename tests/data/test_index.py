@@ -273,16 +273,47 @@ def test_sizes_of_extended_headers(tmp_path: Path, size: str, good: bool) -> Non
     with tarfile.open(path, "w") as tar:
         for name in "abcd":
             info = tarfile.TarInfo(f"{name}.jpg")
-            info.size, info.pax_headers = 600, {"size": size, "path": f"{name * 150}.jpg"} if name == "c" else {}
-            tar.addfile(info, io.BytesIO(bytes(600)))
+            info.size = 600 if name == "c" else 900
+            info.pax_headers = {"size": size, "path": f"{name * 150}.jpg"} if name == "c" else {}
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
     if good:  # the field of eleven digits does not count then
         with_size_field(path, 2, b"00000000000\0")
     found = index(path)
     if good:
         assert [found.key(row) for row in range(4)] == ["a", "b", "c" * 150, "d"] and not found.damage
-        assert found.columns["part_size"].tolist() == [[600]] * 4
+        assert found.columns["part_size"].tolist() == [[900], [900], [600], [900]]
     else:
         assert found.damage == "a damaged header at byte 3072" and len(found) == 2
+
+
+def test_links_have_no_payload_whatever_their_size_says(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (("a.jpg", tarfile.REGTYPE), ("b.jpg", tarfile.LNKTYPE), ("c.jpg", tarfile.REGTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.jpg" if kind == tarfile.LNKTYPE else ""
+            info.size = 600 if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(bytes(600)))
+    found = index(with_size_field(path, 1, b"00000001130\0"))
+    assert not found.damage and [found.key(row) for row in range(len(found))] == ["a", "c"]
+    assert found.columns["sample_offset"].tolist() == [0, 2048, 3584]
+
+
+def test_checksums_of_signed_bytes_are_accepted(tmp_path: Path) -> None:
+    """Some old writers added the bytes up as signed numbers."""
+    path = write_tar(tmp_path / "a.tar", [("é.jpg", b"1"), ("b.jpg", b"2")], tar_format=tarfile.GNU_FORMAT)
+    data = bytearray(path.read_bytes())
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(b - 256 * (b > 127) for b in data[:512])
+    path.write_bytes(data)
+    assert [index(path).key(row) for row in range(2)] == ["é", "b"]
+
+
+def test_classes_that_are_none(tmp_path: Path) -> None:
+    texts = [b"0", b"2147483647", b"2147483648", b"-1", b"1.0", b"9" * 100, b" 5 \n", b""]
+    members = [(f"{i}.cls", text) for i, text in enumerate(texts)]
+    found = index(write_tar(tmp_path / "a.tar", members))
+    assert found.columns["category"].tolist() == [0, 2147483647, -1, -1, -1, -1, 5, -1]
 
 
 def test_damage_that_leads_astray_is_told_where_it_is(tmp_path: Path) -> None:

@@ -201,6 +201,9 @@ def test_repeats_are_exact_and_survive_a_round_trip(given: int | float | str, wa
         {"kind": "text"},
         {"shard": "a.tar"},
         {"nominal": {"samples": 1, "shards": 1}},
+        {"filters": {"min_caption": 3}, "captions": ["json:a", "json:b"]},
+        {"captions": []},
+        {"filters": {"max_aspect": 0.5}},
     ],
 )
 def test_wrong_configurations_are_refused(values: dict[str, Any]) -> None:
