@@ -67,7 +67,8 @@ def data_index(
             manifest = build_manifest(config, names, storage, directory, jobs=jobs, salvage=salvage, progress=show)
         for row in manifest.shards if exports else ():
             for kind, _, where in exports:
-                export_index(kind, load_index(row, directory), row.name, Path(where))
+                with _written_to("--export", where):
+                    export_index(kind, load_index(row, directory), row.name, Path(where))
         results.append(_summary(manifest))
     if as_json:
         print(json.dumps(results))
@@ -108,7 +109,7 @@ def data_check(
     as_json: AsJson = False,
 ) -> int:
     """Compares the shards with their index and with counts stated beside them; status 1 if they differ."""
-    from m3i_large.data.check import check_manifest
+    from m3i_large.data.check import check_configuration, check_manifest
     from m3i_large.data.manifest import IndexDirectory, Manifest
     from m3i_large.data.storage import Storage
     from m3i_large.recipe import load_recipe
@@ -121,7 +122,10 @@ def data_check(
         if manifest is None:
             raise UserError(f"source {config.name}: no index in {directory.path}; needed: m3i data index first")
         with _shard_progress(config.name, len(manifest.shards)) as show:
-            problems[config.name] = check_manifest(manifest, storage, directory, quick=quick, jobs=jobs, progress=show)
+            problems[config.name] = [
+                *check_configuration(config, manifest, storage.root),
+                *check_manifest(manifest, storage, directory, quick=quick, jobs=jobs, progress=show),
+            ]
         if not as_json:
             print("\n".join(problems[config.name]) or f"{config.name}: {len(manifest.shards)} shards as indexed")
     if as_json:
@@ -135,7 +139,9 @@ def data_stats(
     overrides: Overrides = None,
     *,
     out: Annotated[Path | None, typer.Option(help="Directory for plots, one PNG a source.")] = None,
-    shards: Annotated[int, typer.Option(help="Look at so many shards of a source, spread evenly; 0: all.")] = 500,
+    shards: Annotated[
+        int, typer.Option(help="Look at so many shards of a source, spread evenly (0: all).", min=0)
+    ] = 500,
     as_json: AsJson = False,
 ) -> None:
     """Prints and plots what a recipe's samples are like: counts, sizes, shapes, captions, classes, letterboxes."""
@@ -149,19 +155,22 @@ def data_stats(
         with _shard_progress(source.name, min(len(source.shards), shards or len(source.shards))) as show:
             stats, values = source_stats(source, most_shards=shards or None, progress=show)
         if out is not None:
-            plot_stats(stats, values, out / f"{source.name}.png")
+            with _written_to("--out", out):
+                plot_stats(stats, values, out / f"{source.name}.png")
         results.append(stats)
     if as_json:
         print(json.dumps([stats.to_dict() for stats in results]))
         return
     console = Console(highlight=False)
-    for stats in results:
-        _print_stats(stats, console, num_classes=data.num_classes)
+    for config, stats in zip(data.sources, results, strict=True):
+        # Elsewhere .cls is not read, or means something only through the map.
+        trained_on = (config.kind, config.category_field, config.class_map) == ("image_category", "cls", None)
+        _print_stats(stats, console, num_classes=data.num_classes if trained_on else None)
     if out is not None:
         print(f"written: {', '.join(str(out / f'{stats.name}.png') for stats in results)}")
 
 
-def _print_stats(stats: Any, console: Console, *, num_classes: int) -> None:
+def _print_stats(stats: Any, console: Console, *, num_classes: int | None) -> None:
     from m3i_large.data.stats import QUANTILES
 
     lines = [
@@ -174,11 +183,12 @@ def _print_stats(stats: Any, console: Console, *, num_classes: int) -> None:
         lines.append("NSFW: " + ", ".join(f"{name} {count:,}" for name, count in stats.nsfw.most_common()))
     if stats.classes:
         counts = sorted(stats.classes.values())
+        of = "" if num_classes is None else f" of {num_classes:,}"
         lines.append(
-            f"classes: {len(counts):,} of {num_classes:,}, samples each {counts[0]:,} to {counts[-1]:,}, "
+            f"classes: {len(counts):,}{of}, samples each {counts[0]:,} to {counts[-1]:,}, "
             f"half at most {counts[len(counts) // 2]:,}; largest index {max(stats.classes):,}"
         )
-        if max(stats.classes) >= num_classes:
+        if num_classes is not None and max(stats.classes) >= num_classes:
             lines.append(
                 f"NOT USABLE: classes up to {max(stats.classes)}; needed: below data.num_classes {num_classes}"
             )
@@ -261,9 +271,22 @@ def data_audit(
 
 
 @contextmanager
+def _written_to(option: str, directory: str | Path) -> Iterator[None]:
+    """Turns a directory that cannot be written into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{option}: got {directory} ({error.strerror}); needed: a directory that can be written"
+        ) from None
+
+
+@contextmanager
 def _shard_progress(name: str, total: int) -> Iterator[Callable[[str, int], None]]:
     """A bar on standard error that counts shards and their bytes."""
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # Into a file even an invisible bar would write an empty line.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=total)
         yield lambda shard, num_bytes: bar.advance(task)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from m3i_large.data.index import ShardIndex, index_shard
 from m3i_large.data.interchange import expected_counts
-from m3i_large.data.manifest import IndexDirectory, Manifest, ShardRow
+from m3i_large.data.manifest import IndexDirectory, Manifest, ShardRow, eligibility
+from m3i_large.data.source_config import SourceConfig
+from m3i_large.data.sources import expand
 from m3i_large.data.storage import Storage, is_url
 from m3i_large.errors import OutageError, UserError
 
@@ -44,11 +46,28 @@ def check_manifest(
     return problems
 
 
+def check_configuration(config: SourceConfig, manifest: Manifest, root: str) -> list[str]:
+    """Whether a source's manifest is of the shards and settings that the recipe names now; one line for each thing."""
+    try:
+        names = expand(config, root)
+    except UserError as error:
+        return [str(error)]
+    known = {row.name for row in manifest.shards}
+    problems = []
+    if new := [name for name in names if name not in known]:
+        problems.append(f"{config.name}: {len(new)} shards are not in the index, such as {new[0]}")
+    if gone := known.difference(names):
+        problems.append(f"{config.name}: {len(gone)} shards of the index are no longer named, such as {min(gone)}")
+    if manifest.eligibility != eligibility(config):
+        problems.append(f"{config.name}: the index was made under other fields or filters")
+    return problems
+
+
 def _check_shard(row: ShardRow, *, storage: Storage, directory: IndexDirectory, quick: bool) -> list[str]:
     try:
         stat = storage.stat(row.name)
     except UserError as error:
-        return [str(error).partition(": ")[2].partition(";")[0]]
+        return [_reason(error)]
     if stat.num_bytes != row.num_bytes:
         return [f"{stat.num_bytes} bytes; {row.num_bytes} when it was indexed"]
     index = ShardIndex.load(directory.shard(row.name))
@@ -60,16 +79,19 @@ def _check_shard(row: ShardRow, *, storage: Storage, directory: IndexDirectory, 
     try:
         now = index_shard(row.name, storage)
     except (UserError, OutageError) as error:
-        return [str(error)]
+        return [_reason(error)]
     if now.checksum != row.checksum:
         return [f"its bytes have changed (checksum {now.checksum}; {row.checksum} when it was indexed)"]
-    same = now.extensions == index.extensions and all(
-        column.tobytes() == index.columns[name].tobytes() for name, column in now.columns.items()
+    same = (now.extensions, now.nsfw_values, len(now)) == (index.extensions, index.nsfw_values, row.samples) and all(
+        name in index.columns and column.tobytes() == index.columns[name].tobytes()
+        for name, column in now.columns.items()
     )
-    return [
-        *([] if same else ["its index does not fit its bytes"]),
-        *([f"damaged: {row.damage}"] if row.damage else []),
-    ]
+    return [*([] if same else ["its index does not fit its bytes"]), *damage]
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a shard, without its name before and the advice after."""
+    return str(error).partition(": ")[2].partition("; needed")[0]
 
 
 def _stated(manifest: Manifest, storage: Storage) -> dict[str, tuple[int, str]]:

@@ -7,7 +7,6 @@ is the rest in lower case. Members that share a key and follow each other make o
 """
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,10 +17,10 @@ from typing import Any
 import numpy as np
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from m3i_large.data.header import GZIP, read_header, unzipped
-from m3i_large.data.storage import ShardStat, Storage, is_url
+from m3i_large.data.storage import ShardStat, Storage, is_url, written_whole
 from m3i_large.data.tar import BLOCK, CHUNK, DamagedTar, Member, Window, members
 from m3i_large.errors import UserError
 
@@ -33,6 +32,8 @@ REMOTE_CHUNK = 8 << 20  # where every request waits for an answer
 MOST_EXTENSIONS, LARGEST_PART = 64, (1 << 32) - 1
 MOST_CATEGORIES = 1 << 31
 LONGEST_VALUE = 64  # bytes of a .cls worth parsing
+# Where NSFW is no class but a number, its later values are not told apart: that matters only to who filters by it.
+MOST_NSFW, OTHER_NSFW = 254, "(others)"
 _KEY_AND_EXTENSION = re.compile(rb"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(rb"__[^/]*__($|/)")
 
@@ -98,7 +99,6 @@ class ShardIndex:
 
     def save(self, path: Path) -> None:
         """Writes the index under a temporary name and renames it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {
             "format": FORMAT,
             "num_bytes": str(self.stat.num_bytes),
@@ -108,9 +108,11 @@ class ShardIndex:
             "damage": self.damage,
             "nsfw_values": json.dumps(self.nsfw_values),
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file({name: np.ascontiguousarray(column) for name, column in self.columns.items()}, temporary, metadata)
-        os.replace(temporary, path)
+        columns = {name: np.ascontiguousarray(column) for name, column in self.columns.items()}
+        # Not save_file: its faults, such as a full disk, are no OSErrors.
+        data = save(columns, metadata | {"seal": _seal(metadata, columns)})
+        with written_whole(path) as temporary:
+            temporary.write_bytes(data)
 
     @classmethod
     def load(cls, path: Path) -> "ShardIndex | None":
@@ -121,16 +123,18 @@ class ShardIndex:
                 if metadata.get("format") != FORMAT:
                     return None
                 columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (FileNotFoundError, NotADirectoryError, SafetensorError):
+            if metadata.pop("seal") != _seal(metadata, columns):
+                return None
+            return cls(
+                stat=ShardStat(int(metadata["num_bytes"]), metadata["mark"]),
+                checksum=metadata["checksum"],
+                extensions=tuple(json.loads(metadata["extensions"])),
+                damage=metadata["damage"],
+                nsfw_values=tuple(json.loads(metadata["nsfw_values"])),
+                columns=columns,
+            )
+        except (FileNotFoundError, NotADirectoryError, SafetensorError, KeyError, ValueError):
             return None
-        return cls(
-            stat=ShardStat(int(metadata["num_bytes"]), metadata["mark"]),
-            checksum=metadata["checksum"],
-            extensions=tuple(json.loads(metadata["extensions"])),
-            damage=metadata["damage"],
-            nsfw_values=tuple(json.loads(metadata["nsfw_values"])),
-            columns=columns,
-        )
 
 
 def index_shard(name: str, storage: Storage, *, progress: Callable[[int], object] | None = None) -> ShardIndex:
@@ -183,6 +187,16 @@ def index_shard(name: str, storage: Storage, *, progress: Callable[[int], object
     )
 
 
+def _seal(metadata: dict[str, str], columns: dict[str, np.ndarray]) -> str:
+    """A checksum of an index itself: a damaged one would give wrong bytes to training without a word."""
+    total = xxhash.xxh3_64(json.dumps(sorted(metadata.items())).encode())
+    for name in sorted(columns):
+        column = columns[name]
+        total.update(f"{name} {column.dtype} {column.shape}".encode())
+        total.update(column.tobytes())
+    return total.hexdigest()
+
+
 def split_name(name: bytes) -> tuple[bytes, str] | None:
     """Key and extension of a member's name; None for what is no part of a sample."""
     match = _KEY_AND_EXTENSION.match(name)
@@ -224,17 +238,23 @@ class _Table:
         if not member.size:
             row[7] |= Flag.EMPTY_PART.value
         if extension in IMAGE_EXTENSIONS:
-            row[0], row[1], found = _image(self.window, member)
-            row[7] = row[7] & ~Flag.NO_IMAGE.value | found
+            if self._is_the_image(extension):
+                row[0], row[1], found = _image(self.window, member)
+                row[7] = row[7] & ~(Flag.NO_IMAGE | Flag.NO_HEADER | Flag.GZIPPED).value | found
         elif extension == "cls":
             row[4] = _category(self.window.peek(member.offset, min(member.size, LONGEST_VALUE)))
         elif extension == "json":
             self._read_meta(self.window.peek(member.offset, member.size), row)
 
+    def _is_the_image(self, extension: str) -> bool:
+        """Of a sample's several pictures the one that is read (sources.py) is described."""
+        before = IMAGE_EXTENSIONS[: IMAGE_EXTENSIONS.index(extension)]
+        return not any(self.extensions.get(other, -1) in self.parts[-1] for other in before)
+
     def _read_meta(self, data: bytes, row: list[Any]) -> None:
         try:
             meta = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             meta = None
         if not isinstance(meta, dict):
             row[7] |= Flag.BAD_JSON.value
@@ -242,9 +262,8 @@ class _Table:
         row[2], row[3] = _size(meta, "original_width"), _size(meta, "original_height")
         row[5] = _float(meta.get("similarity"))
         if (value := meta.get("NSFW", meta.get("nsfw"))) is not None:
-            row[6] = self.nsfw_values.setdefault(str(value), len(self.nsfw_values) + 1)
-            if row[6] > 255:
-                raise ValueError("got 256 different values of NSFW; needed: a column with few")
+            known = str(value) in self.nsfw_values or len(self.nsfw_values) < MOST_NSFW
+            row[6] = self.nsfw_values.setdefault(str(value) if known else OTHER_NSFW, len(self.nsfw_values) + 1)
 
     def cut(self, damaged_from: int) -> None:
         """Drops what the damage of a tar may have reached: samples behind it, and one that may lack parts."""
@@ -332,6 +351,7 @@ def _size(meta: dict[str, Any], name: str) -> int:
 
 def _float(value: Any) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         return np.nan
+    return number if abs(number) < 1e38 else np.nan  # what float32 holds

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_large.data.index import ShardIndex
+from m3i_large.data.storage import relative_name, written_whole
 from m3i_large.errors import UserError
 
 TIMM_FILES, SIZES_FILE = ("_info.json", "info.json"), "sizes.json"
@@ -30,9 +31,10 @@ def write_dali(index: ShardIndex, path: Path) -> None:
     lines = [f"v1.2 {len(index)}"]
     for row in range(len(index)):
         key = index.key(row)
-        if key.split() != [key]:
-            raise UserError(f"{path}: sample {key!r} has white space in its name, which DALI's index cannot hold")
         parts = [(place, e) for e in index.extensions if (place := index.part(row, e)) is not None]
+        for _, e in parts:
+            if f"{key}.{e}".split() != [f"{key}.{e}"]:
+                raise UserError(f"{path}: {f'{key}.{e}'!r} has white space in its name, which DALI's index cannot hold")
         lines.append(" ".join(f"{e} {offset} {size} {key}.{e}" for (offset, size), e in sorted(parts)))
     _write(path, ("\n".join(lines) + "\n").encode())
 
@@ -46,6 +48,7 @@ EXPORTS: dict[str, tuple[str, Callable[[ShardIndex, Path], None]]] = {
 def export_index(kind: str, index: ShardIndex, name: str, directory: Path) -> Path:
     """Writes another library's index of shard `name` below a directory and returns its path."""
     pattern, write = EXPORTS[kind]
+    name = relative_name(name)
     path = directory / pattern.format(name=name, stem=name.removesuffix(".tar"))
     write(index, path)
     return path
@@ -61,22 +64,22 @@ def expected_counts(directory: Path) -> dict[str, tuple[int, str]]:
     for path in directory.glob("*.tar.idx"):
         found[path.name.removesuffix(".idx")] = (path.stat().st_size // 8 - 1, path.name)
     if isinstance(sizes := _json(directory / SIZES_FILE), dict):
-        found |= {Path(name).name: (int(n), SIZES_FILE) for name, n in sizes.items() if str(n).isdigit()}
+        found |= {Path(name).name: (int(n), SIZES_FILE) for name, n in sizes.items() if str(n).isdecimal()}
     for name in TIMM_FILES:
         found |= {shard: (n, name) for shard, n in _timm(_json(directory / name))}
     return found
 
 
 def _timm(info: Any) -> list[tuple[str, int]]:
-    if not isinstance(info, dict):
-        return []
-    splits = info.get("splits", {"": info})
-    entries = splits.values() if isinstance(splits, dict) else splits
+    # info.json is a name that others use too: whatever it holds must do no harm.
+    splits = info.get("splits", [info]) if isinstance(info, dict) else []
+    entries = list(splits.values()) if isinstance(splits, dict) else splits
     counts: list[tuple[str, int]] = []
-    for split in entries:
-        names, lengths = split.get("filenames", []), split.get("shard_lengths", [])
-        if len(names) == len(lengths):
-            counts += [(Path(name).name, int(n)) for name, n in zip(names, lengths, strict=True)]
+    for split in entries if isinstance(entries, list) else []:
+        names, lengths = (split.get("filenames"), split.get("shard_lengths")) if isinstance(split, dict) else (0, 0)
+        if isinstance(names, list) and isinstance(lengths, list) and len(names) == len(lengths):
+            pairs = zip(names, lengths, strict=True)
+            counts += [(Path(name).name, int(n)) for name, n in pairs if isinstance(name, str) and str(n).isdecimal()]
     return counts
 
 
@@ -88,7 +91,5 @@ def _json(path: Path) -> Any:
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(data)

@@ -6,7 +6,6 @@ directory. Opening 59 thousand shards means reading one file of a few MB; no sha
 
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -17,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from m3i_large.data.index import Flag, ShardIndex, index_shard
+from m3i_large.data.index import MOST_NSFW, OTHER_NSFW, Flag, ShardIndex, index_shard
 from m3i_large.data.letterbox import content_size
 from m3i_large.data.source_config import JSON_FIELD, SourceConfig
-from m3i_large.data.storage import Storage, is_url
+from m3i_large.data.storage import Storage, is_url, relative_name, written_whole
 from m3i_large.errors import UserError
 
 FORMAT = 1
@@ -65,12 +64,10 @@ class Manifest:
 
     def save(self, path: Path) -> None:
         """Writes JSON lines: a header, then one shard each; whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         head = {"format": FORMAT, "source": self.source, "eligibility": self.eligibility}
         lines = [json.dumps(head), *(json.dumps(list(asdict(row).values())) for row in self.shards)]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Manifest | None":
@@ -83,7 +80,7 @@ class Manifest:
             names = tuple(ShardRow.__dataclass_fields__)
             shards = tuple(ShardRow(**dict(zip(names, row, strict=True))) for row in map(json.loads, rows))
             return cls(source=values["source"], eligibility=values["eligibility"], shards=shards)
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
             return None
 
 
@@ -97,7 +94,7 @@ class IndexDirectory:
 
     def shard(self, name: str) -> Path:
         """The index file of a shard."""
-        return self.path / "shards" / f"{name.replace('://', '/').lstrip('/')}.index"
+        return self.path / "shards" / f"{relative_name(name)}.index"
 
     def manifest(self, source: str) -> Path:
         """The manifest file of a source."""
@@ -111,7 +108,7 @@ def eligibility(config: SourceConfig) -> dict[str, Any]:
 
 
 def eligible_rows(index: ShardIndex, config: SourceConfig) -> np.ndarray:
-    """Rows of a shard's index that the source uses, in order -> int64."""
+    """Rows of a shard's index that the source uses, in order -> int64; UserError for a filter it cannot answer."""
     columns, filters = index.columns, config.filters
     good = (columns["flags"] & NOT_ELIGIBLE.value) == 0
     if (fields := config.target_fields) is not None:
@@ -127,6 +124,11 @@ def eligible_rows(index: ShardIndex, config: SourceConfig) -> np.ndarray:
     if filters.min_similarity is not None:
         good &= columns["similarity"] >= filters.min_similarity  # nan, none given, is never enough
     if filters.nsfw is not None:
+        if OTHER_NSFW in index.nsfw_values:
+            raise UserError(
+                f"data.sources.{config.name}.filters.nsfw: .json has more than {MOST_NSFW} different values of NSFW in "
+                f"a shard, such as {index.nsfw_values[0]!r}; needed: a column with few"
+            )
         meaning = (None, *index.nsfw_values)
         accepted = np.array([value in filters.nsfw for value in meaning])
         good &= accepted[columns["nsfw"]]

@@ -26,8 +26,9 @@ from m3i_large.data.storage import Storage, is_url
 from m3i_large.errors import UserError
 
 OPEN_INDEXES = 64
-# Parts are read as one range if at least this share of it is wanted, or so few bytes are not that a request costs more.
-DENSE, FEW_BYTES = 0.5, 1 << 16
+# Parts are read as one range if at least this share of it is wanted, or if what is not wanted is so little a sample
+# that another read would cost more: tar pads small parts to many times their size.
+DENSE, SLACK = 0.5, 16 << 10
 LONGEST_CAPTION = 1 << 16  # bytes; a text tower sees some hundreds
 # HTML as Flickr users write it, and not what else stands in angle brackets, such as CC12M's <PERSON>.
 _TAG = re.compile(r"</?(?:a|b|i|u|p|br|em|img|strong|span|div|font|blockquote|ul|ol|li)\b[^<>]{0,500}>", re.I)
@@ -191,8 +192,8 @@ class Source:
         wanted = [self._wanted(index, row, meta=meta) for row in rows]
         places = [place for parts in wanted for place in parts.values()]
         begin, end = min(o for o, _ in places), max(o + s for o, s in places)
-        wasted = end - begin - sum(size for _, size in places)
-        if wasted <= max(FEW_BYTES, DENSE * (end - begin)):
+        wanted_bytes = sum(s for _, s in places)
+        if wanted_bytes >= DENSE * (end - begin) or end - begin - wanted_bytes <= SLACK * len(rows):
             data = self.storage.read(shard.name, begin, end - begin, mark=shard.mark)
             content = [{e: data[o - begin : o - begin + s] for e, (o, s) in parts.items()} for parts in wanted]
         elif len(rows) > 1:
@@ -356,7 +357,10 @@ def _field(name: str, parts: dict[str, bytes], meta: dict[str, Any]) -> bytes | 
 
 
 def _meta(raw: bytes) -> dict[str, Any]:
-    meta = json.loads(raw)
+    try:
+        meta = json.loads(raw)
+    except RecursionError:
+        raise ValueError("got .json that is nested too deeply") from None
     if not isinstance(meta, dict):
         raise ValueError(f"got .json with a {type(meta).__name__}; needed: an object")
     return meta

@@ -1,14 +1,14 @@
 """What a source's samples are like, from its indexes alone: counts, sizes, shapes, captions, classes."""
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from m3i_large.data.index import ShardIndex
+from m3i_large.data.index import IMAGE_EXTENSIONS, ShardIndex
 from m3i_large.data.letterbox import content_size
 from m3i_large.data.source_config import JSON_FIELD
 from m3i_large.data.sources import Source
@@ -27,9 +27,11 @@ class SourceStats:
         num_bytes: of those shards.
         flags: samples with each unusual property (data/index.py), and shards with damage under DAMAGED_SHARDS.
         nsfw: eligible samples by their NSFW value.
-        letterboxed: share of eligible samples whose picture is padded.
+        letterboxed: share of eligible samples that look like letterboxes: square, of originals that were not. So do
+            img2dataset's centre crops: look at some before `letterbox: true`.
         quantiles: by quantity, values at QUANTILES: width, height, short_side (pixels, without padding), aspect
-            (width / height), image_bytes, caption_bytes, similarity.
+            (width / height), image_bytes, caption_bytes (of the first caption field that a sample has as a part, 0
+            where it has none), similarity.
         classes: eligible samples by class, of .cls.
     """
 
@@ -46,7 +48,7 @@ class SourceStats:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self) | {"at": list(QUANTILES), "classes": {str(k): v for k, v in sorted(self.classes.items())}}
+        return vars(self) | {"at": list(QUANTILES), "classes": {str(k): v for k, v in sorted(self.classes.items())}}
 
 
 def source_stats(
@@ -96,25 +98,29 @@ def _values(index: ShardIndex, rows: np.ndarray, source: Source) -> dict[str, np
     padded = (width != column["width"]) | (height != column["height"])
     if not source.config.letterbox:
         width, height = column["width"].astype(np.int64), column["height"].astype(np.int64)
-    sizes = index.columns["part_size"][rows]
     captions = [f for f in source.config.captions if not f.startswith(JSON_FIELD)]
-    image = np.zeros(len(rows))
-    for extension in index.extensions:
-        if extension in ("jpg", "jpeg", "webp", "png"):
-            image = np.where(image == 0, sizes[:, index.extensions.index(extension)], image)
-    text = next((sizes[:, index.extensions.index(f)] for f in captions if f in index.extensions), None)
     values = {
         "padded": padded,
         "width": width,
         "height": height,
         "short_side": np.minimum(width, height),
         "aspect": width / np.maximum(height, 1),
-        "image_bytes": image,
+        "image_bytes": _first_size(index, rows, IMAGE_EXTENSIONS),
         "similarity": index.columns["similarity"][rows],
     }
-    if source.kind == "image_text" and text is not None:
-        values["caption_bytes"] = text
+    if source.kind == "image_text" and captions:
+        values["caption_bytes"] = _first_size(index, rows, captions)
     return {name: np.asarray(v, bool if name == "padded" else np.float64) for name, v in values.items()}
+
+
+def _first_size(index: ShardIndex, rows: np.ndarray, extensions: Sequence[str]) -> np.ndarray:
+    """Bytes of the first of some parts that has any, 0 where none has -> (len(rows),) int64."""
+    found = np.zeros(len(rows), np.int64)
+    for extension in extensions:
+        if extension in index.extensions:
+            size = index.columns["part_size"][rows, index.extensions.index(extension)]
+            found = np.where(found == 0, size, found)
+    return found
 
 
 def plot_stats(stats: SourceStats, values: dict[str, np.ndarray], path: Path) -> None:
@@ -122,7 +128,7 @@ def plot_stats(stats: SourceStats, values: dict[str, np.ndarray], path: Path) ->
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     panels = [
         ("short_side", "shorter side, pixels", "log"),
@@ -132,15 +138,20 @@ def plot_stats(stats: SourceStats, values: dict[str, np.ndarray], path: Path) ->
         ("similarity", "similarity of image and text", "linear"),
     ]
     shown = [panel for panel in panels if panel[0] in stats.quantiles]
-    columns = len(shown) + bool(stats.classes)
+    columns = max(1, len(shown) + bool(stats.classes))  # the shards looked at may hold no sample
     figure, axes = pyplot.subplots(1, columns, figsize=(3.6 * columns, 3.2), squeeze=False)
     for axis, (name, label, scale) in zip(axes[0], shown, strict=False):
         data = np.maximum(values[name], 1e-2 if name == "aspect" else 1) if scale == "log" else values[name]
         low, high = float(data.min()), float(data.max())
-        high = high if high > low else low * 1.1 + 1e-6
-        bins = np.geomspace(low, high, 60) if scale == "log" else np.linspace(low, high, 60)
-        axis.hist(data, bins=bins, color="#3465a4")
-        axis.set_xscale(scale)
+        high = high if high > low else low + 0.1 * abs(low) + 1e-6
+        wide = scale == "log" and high > 4 * low
+        axis.hist(data, bins=np.geomspace(low, high, 60) if wide else np.linspace(low, high, 60), color="#3465a4")
+        if wide:
+            axis.set_xscale("log")
+            steps = (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=steps))
+            axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.set_xlabel(label)
         axis.set_ylabel("samples")
     if stats.classes:

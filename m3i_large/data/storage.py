@@ -6,8 +6,10 @@ one that was indexed is refused at once. Nothing here goes through a shell or do
 
 import os
 import random
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -21,6 +23,7 @@ OPEN_FILES = 64
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 30.0
 # Faults that no waiting mends: obstore's exceptions by name, so that obstore is imported only where it is used.
 PERMANENT = ("NotFoundError", "PermissionDeniedError", "UnauthenticatedError", "InvalidPathError", "NotSupportedError")
+LOCAL_PERMANENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 T = TypeVar("T")
 
 
@@ -60,7 +63,7 @@ class Storage:
         where = self.location(name)
         try:
             return self._patiently(lambda: self._stat(where), where)
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        except LOCAL_PERMANENT as error:
             raise UserError(f"shard {where}: {error.strerror or error}; needed: a tar file that can be read") from None
 
     def read(self, name: str, offset: int, size: int, *, mark: str | None = None) -> bytes:
@@ -75,7 +78,7 @@ class Storage:
         where = self.location(name)
         try:
             return self._patiently(lambda: self._read(where, offset, size, mark), where)
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        except LOCAL_PERMANENT as error:
             raise OutageError(
                 f"shard {where}: {error.strerror or error}; it could be read when it was indexed"
             ) from None
@@ -103,10 +106,11 @@ class Storage:
 
     def _read_file(self, where: str, offset: int, size: int) -> bytes:
         try:
-            file = self._open(where).descriptor
-            data = os.pread(file, size, offset)
+            # The file and not its number alone is held: a number that was closed meanwhile may be another shard's.
+            file = self._open(where)
+            data = os.pread(file.descriptor, size, offset)
             while len(data) < size:  # a signal or a network file system may cut a read short
-                more = os.pread(file, size - len(data), offset + len(data))
+                more = os.pread(file.descriptor, size - len(data), offset + len(data))
                 if not more:
                     break
                 data += more
@@ -132,7 +136,7 @@ class Storage:
         while True:
             try:
                 return call()
-            except (FileNotFoundError, PermissionError, IsADirectoryError):
+            except LOCAL_PERMANENT:
                 raise
             except OSError as error:
                 waited = time.monotonic() - began
@@ -148,6 +152,28 @@ class Storage:
 def is_url(name: str) -> bool:
     """Whether `name` is a URL rather than a path."""
     return "://" in name
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path` to write to, and renames it: the file is whole or not there.
+
+    The name is drawn, as process numbers repeat between the nodes that share a file system.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def relative_name(name: str) -> str:
+    """A shard's name as a path that stays below whatever directory it is put in."""
+    parts = name.replace("://", "/").split("/")
+    return "/".join("__" if part == ".." else part for part in parts if part)
 
 
 class _File:

@@ -88,18 +88,26 @@ def members(window: Window) -> Iterator[Member]:
             drop members from `DamagedTar.offset` on.
     """
     headers = _Headers()
+    try:
+        yield from _walk(window, headers)
+    except DamagedTar:
+        headers.verify()  # what makes no sense here may follow from a damaged header before
+        raise
+    headers.verify()
+
+
+def _walk(window: Window, headers: "_Headers") -> Iterator[Member]:
     offset, first = 0, -1
     name: bytes | None = None
     size: int | None = None
     while (header := window.peek(offset, BLOCK)) != END_OF_ARCHIVE[:BLOCK]:
         if len(header) < BLOCK:
-            headers.verify()
             raise DamagedTar("the file ends without two zero blocks", offset)
         headers.add(offset, header)
         kind, payload = header[156:157], offset + BLOCK
         if first < 0:
             first = offset
-        own_size = _size(header, offset, headers)
+        own_size = _size(header, offset)
         is_file = kind in REGULAR
         if is_file:
             own_name = _name(header) if name is None else name
@@ -111,7 +119,6 @@ def members(window: Window) -> Iterator[Member]:
             own_size = 0
         offset = payload + -(-own_size // BLOCK) * BLOCK
         if offset > window.num_bytes:
-            headers.verify()
             raise DamagedTar(f"the file ends inside a member of {own_size} bytes", first)
         if is_file:
             yield Member(own_name, first, payload, own_size)
@@ -129,7 +136,6 @@ def members(window: Window) -> Iterator[Member]:
             first = -1
         if kind != PAX_GLOBAL:
             name, size = None, None
-    headers.verify()
     if window.peek(offset, 2 * BLOCK) != END_OF_ARCHIVE:
         raise DamagedTar("the file ends without two zero blocks", offset)
     if window.num_bytes % BLOCK:
@@ -177,20 +183,18 @@ def _octals(fields: np.ndarray) -> np.ndarray:
     return np.where((digit | filling).all(1) & (runs == 1), value, -1)
 
 
-def _size(header: bytes, offset: int, headers: _Headers) -> int:
+def _size(header: bytes, offset: int) -> int:
     """The size field: octal text, or base 256 where its first bit is set."""
     field = header[124:136]
     try:
-        return int(field[:-1], 8)
+        size = int(field.partition(b"\0")[0].strip() or b"0", 8)
+        if size >= 0:  # a step back would be read forever
+            return size
     except ValueError:
         pass
     if field[0] & 0x80:
         return int.from_bytes(field, "big") & ((1 << 88) - 1)
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        headers.verify()
-        raise DamagedTar("a damaged header", offset) from None
+    raise DamagedTar("a damaged header", offset)
 
 
 def _name(header: bytes) -> bytes:
@@ -214,7 +218,11 @@ def _pax(data: bytes, name: bytes | None, size: int | None, first: int) -> tuple
         key, _, value = data[at + len(length) + 1 : at + int(length) - 1].partition(b"=")
         if key.startswith(b"GNU.sparse"):
             raise DamagedTar("a sparse member", first)
-        name = value if key == b"path" else name
-        size = int(value) if key == b"size" else size
+        if key == b"path":
+            name = value
+        elif key == b"size":
+            if not value.isdigit() or len(value) > 20:
+                raise DamagedTar("a damaged header", first)
+            size = int(value)
         at += int(length)
     return name, size

@@ -232,3 +232,167 @@ def test_small_pieces_give_the_same_members(tmp_path: Path, chunk: int) -> None:
     window.drain()
     with tarfile.open(tmp_path / "a.tar") as tar:
         assert found == [(m.name, m.offset_data, m.size) for m in tar] and b"".join(seen) == data
+
+
+def with_size_field(path: Path, number: int, field: bytes) -> Path:
+    """Puts a size field into a member's header, with the checksum that belongs to it."""
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        at = tar.getmembers()[number].offset_data - 512
+    data[at + 124 : at + 136] = field
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "field", [b"-0000200000\0", b"-0000000001\0", b"00000000009\0", b"x0000000000\0", b"\xff" * 12]
+)
+def test_a_size_that_is_none_is_damage(tmp_path: Path, field: bytes) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.jpg", bytes(600)) for i in range(4)])
+    found = index(with_size_field(path, 2, field))
+    assert re.search(r" at byte 3072$", found.damage) and len(found) == 2, found.damage
+
+
+@pytest.mark.parametrize(
+    "field", [b"000000001130", b"1130 \0      ", b"       1130\0", b"\x80" + bytes(9) + b"\x02\x58", b"00000001130\0"]
+)
+def test_sizes_are_understood_as_tarfile_understands_them(tmp_path: Path, field: bytes) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.jpg", bytes(600)) for i in range(3)])
+    found = index(with_size_field(path, 1, field))
+    with tarfile.open(path) as tar:
+        assert [m.size for m in tar] == found.columns["part_size"][:, 0].tolist() == [600] * 3
+
+
+@pytest.mark.parametrize(
+    ("size", "good"), [("600", True), ("-600", False), ("abc", False), ("", False), ("9" * 30, False), ("1_0", False)]
+)
+def test_sizes_of_extended_headers(tmp_path: Path, size: str, good: bool) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in "abcd":
+            info = tarfile.TarInfo(f"{name}.jpg")
+            info.size = 600 if name == "c" else 900
+            info.pax_headers = {"size": size, "path": f"{name * 150}.jpg"} if name == "c" else {}
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+    if good:  # the field of eleven digits does not count then
+        with_size_field(path, 2, b"00000000000\0")
+    found = index(path)
+    if good:
+        assert [found.key(row) for row in range(4)] == ["a", "b", "c" * 150, "d"] and not found.damage
+        assert found.columns["part_size"].tolist() == [[900], [900], [600], [900]]
+    else:
+        assert found.damage == "a damaged header at byte 3072" and len(found) == 2
+
+
+def test_links_have_no_payload_whatever_their_size_says(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (("a.jpg", tarfile.REGTYPE), ("b.jpg", tarfile.LNKTYPE), ("c.jpg", tarfile.REGTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.jpg" if kind == tarfile.LNKTYPE else ""
+            info.size = 600 if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(bytes(600)))
+    found = index(with_size_field(path, 1, b"00000001130\0"))
+    assert not found.damage and [found.key(row) for row in range(len(found))] == ["a", "c"]
+    assert found.columns["sample_offset"].tolist() == [0, 2048, 3584]
+
+
+def test_checksums_of_signed_bytes_are_accepted(tmp_path: Path) -> None:
+    """Some old writers added the bytes up as signed numbers."""
+    path = write_tar(tmp_path / "a.tar", [("é.jpg", b"1"), ("b.jpg", b"2")], tar_format=tarfile.GNU_FORMAT)
+    data = bytearray(path.read_bytes())
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(b - 256 * (b > 127) for b in data[:512])
+    path.write_bytes(data)
+    assert [index(path).key(row) for row in range(2)] == ["é", "b"]
+
+
+def test_classes_that_are_none(tmp_path: Path) -> None:
+    texts = [b"0", b"2147483647", b"2147483648", b"-1", b"1.0", b"9" * 100, b" 5 \n", b""]
+    members = [(f"{i}.cls", text) for i, text in enumerate(texts)]
+    found = index(write_tar(tmp_path / "a.tar", members))
+    assert found.columns["category"].tolist() == [0, 2147483647, -1, -1, -1, -1, 5, -1]
+
+
+def test_damage_that_leads_astray_is_told_where_it_is(tmp_path: Path) -> None:
+    """A wrong size makes a payload be read as a header: the header with the size is to blame, not what follows."""
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.jpg", bytes([i]) * 2048) for i in range(5)])
+    data = bytearray(path.read_bytes())
+    at = 2 * 2560
+    data[at + 124 : at + 136] = b"00000002000\0"  # 1024 bytes: two blocks fewer
+    path.write_bytes(data)
+    found = index(path)
+    assert found.damage == f"a damaged header at byte {at}" and len(found) == 2
+
+
+def test_of_several_pictures_the_one_that_is_read_is_described(tmp_path: Path) -> None:
+    small, large, bad = fake_image(width=3, height=4), fake_image(width=30, height=40), b"bad"
+    members = [
+        ("a.png", small), ("a.jpg", large), ("b.jpg", large), ("b.png", small), ("c.jpg", large), ("c.png", bad),
+        ("d.png", bad), ("d.jpg", large), ("e.png", large), ("e.jpg", bad), ("f.webp", large), ("f.png", small),
+        ("g.png", gzip.compress(small)), ("g.webp", large), ("h.seg.png", small), ("h.jpeg", large),
+    ]  # fmt: skip
+    found = index(write_tar(tmp_path / "a.tar", members))
+    sizes = [30, 30, 30, 30, 0, 30, 30, 30]
+    assert found.columns["width"].tolist() == sizes
+    assert [bool(flag & Flag.NO_HEADER) for flag in found.columns["flags"]] == [size == 0 for size in sizes]
+    assert not (found.columns["flags"] & (Flag.GZIPPED | Flag.NO_IMAGE)).any()
+
+
+@pytest.mark.parametrize(
+    ("meta", "flag", "similarity"),
+    [
+        (b"[" * 200_000, Flag.BAD_JSON, None),
+        (b'{"similarity": 1' + b"0" * 400 + b"}", Flag(0), None),
+        (b'{"similarity": 1e300}', Flag(0), None),
+        (b'{"similarity": Infinity}', Flag(0), None),
+        (b'{"similarity": "0.5"}', Flag(0), 0.5),
+        (b'{"similarity": [1]}', Flag(0), None),
+        (b'{"original_width": 5000000000, "original_height": -1}', Flag(0), None),
+        (b"\xff", Flag.BAD_JSON, None),
+        (b"", Flag.BAD_JSON | Flag.EMPTY_PART, None),
+    ],
+)
+def test_odd_metadata_does_no_harm(tmp_path: Path, meta: bytes, flag: Flag, similarity: float | None) -> None:
+    members = [("a.jpg", fake_image()), ("a.json", meta), ("b.jpg", fake_image()), ("b.json", b'{"NSFW": 1}')]
+    found = index(write_tar(tmp_path / "a.tar", members))
+    assert [Flag(int(f)) for f in found.columns["flags"]] == [flag, Flag(0)] and found.nsfw_values == ("1",)
+    assert (
+        np.isnan(found.columns["similarity"][0]) if similarity is None else found.columns["similarity"][0] == similarity
+    )
+    assert found.columns["original_width"].tolist() == found.columns["original_height"].tolist() == [0, 0]
+
+
+def test_more_kinds_of_parts_or_larger_ones_than_fit_are_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"a.x{i}", b"") for i in range(64)])
+    assert len(index(path).extensions) == 64
+    path = write_tar(tmp_path / "a.tar", [(f"a.x{i}", b"") for i in range(65)])
+    with pytest.raises(UserError, match=r"a\.tar: got extension 65, 0 bytes; needed: at most 64 and 4 GiB"):
+        index(path)
+
+
+def test_an_index_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    found = index(write_tar(tmp_path / "a.tar", [("a.jpg", fake_image())]))
+    (tmp_path / "sub" / "a.index").mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):  # an OSError, as a full disk is, and not safetensors' own
+        found.save(tmp_path / "sub" / "a.index")
+    assert [p.name for p in (tmp_path / "sub").iterdir()] == ["a.index"]
+
+
+def test_nsfw_values_beyond_the_codes_are_joined(tmp_path: Path) -> None:
+    numbers = [*range(300), 0, 5]  # values met before keep their codes
+    members = [(f"{i}.json", json.dumps({"nsfw": n}).encode()) for i, n in enumerate(numbers)]
+    found = index(write_tar(tmp_path / "a.tar", members))
+    assert found.nsfw_values == (*map(str, range(254)), "(others)")
+    codes = found.columns["nsfw"].tolist()
+    assert codes == [*range(1, 255), *[255] * 46, 1, 6]
+
+
+def test_the_checksum_and_the_progress_reach_the_end_of_the_file(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", fake_image())])
+    path.write_bytes(path.read_bytes() + bytes(9 << 20))  # more filling than is read at once
+    seen: list[int] = []
+    found = index_shard(path.name, Storage(tmp_path), progress=seen.append)
+    assert found.checksum == xxhash.xxh3_128_hexdigest(path.read_bytes()) and sum(seen) == path.stat().st_size
