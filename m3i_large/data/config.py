@@ -68,10 +68,10 @@ class DataConfig(BaseModel):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     index: str | None = Field(None, description="directory of the shards' indexes; default: .m3i in a local root")
     threads: int = Field(2, ge=0, description="decoding threads of the loader's process; 0 = no process, for tests")
-    io_threads: int = Field(8, gt=0, description="reading threads of the loader's process")
+    io_threads: int = Field(8, gt=0, description="threads that read blocks ahead of time")
     prefetch: int = Field(2, gt=0, description="micro-steps prepared ahead")
     read: Literal["auto", "sample", "block"] = Field(
-        "auto", description="what one read takes: a sample (local disks), or a block of them (remote storage; auto)"
+        "auto", description="a sample when it is needed (local disks), or blocks of them ahead of time (remote storage)"
     )
     cache_gib: float = Field(8.0, gt=0, description="GiB per rank for blocks that were read and wait to be used")
     retry_s: float = Field(300.0, ge=0, description="seconds that an outage of the storage is ridden out")

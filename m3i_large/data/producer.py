@@ -22,7 +22,7 @@ from m3i_large.data.tokenizer import Tokenizer
 from m3i_large.errors import UserError
 
 MAX_SUBSTITUTES = 8
-CHUNK = 8  # rows that one thread takes at a time: its own work, not the hand-over, should be what it does
+CHUNK = 16  # rows that one thread takes at a time: its own work, not the hand-over, should be what it does
 BLOCKS_AHEAD = 16  # micro-steps that blocks are read before they are needed
 TARGET, OTHER = "target_NHWC", "other_NHWC"
 
@@ -114,13 +114,12 @@ class Producer:
         # What is wrong with a picture is told in quarantine.jsonl, not by a line of OpenCV's for each.
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         self._decoding = ThreadPoolExecutor(config.threads, "decode") if config.threads else None
-        self._reading = ThreadPoolExecutor(config.io_threads, "read") if config.threads else None
+        self._reading: ThreadPoolExecutor | None = None
         self._reader: SampleReader | BlockReader = SampleReader(job.sources)
-        self._looks_ahead = False
-        if self._reading is not None and reads_blocks(config.read, job.sources):
+        if config.threads and reads_blocks(config.read, job.sources):
+            self._reading = ThreadPoolExecutor(config.io_threads, "read")
             capacity = int(config.cache_gib * 2**30)
             self._reader = BlockReader(job.sources, job.mixture, self._reading, capacity=capacity)
-            self._looks_ahead = True
         self._planned: dict[int, MixtureRows] = {}
 
     def close(self) -> None:
@@ -164,7 +163,7 @@ class Producer:
         return sorted(pending.bad, key=lambda bad: (bad.source, bad.id, bad.reason))
 
     def _rows(self, index: int) -> MixtureRows:
-        if self._looks_ahead:
+        if self._reading is not None:
             # A start reads its first rows one by one while their successors' blocks are on the way.
             for later in range(index + 1, index + BLOCKS_AHEAD + 1):
                 if later not in self._planned:
@@ -178,22 +177,17 @@ class Producer:
         return self.job.mixture.rows(step, micro_step, rank=self.job.rank, world=self.job.world)
 
     def _begin(self, pending: Pending, chunk: range, step: int) -> None:
-        if self._reading is None or self._decoding is None:
-            self._fill(pending, chunk, step, self._read(pending.rows, chunk))
-            return
-        # Blocks come ahead of time and a reading thread must not wait for another: the decoding one fetches from them.
-        ready = None if self._looks_ahead else self._reading.submit(self._read, pending.rows, chunk)
-        pending.parts.append(self._decoding.submit(self._fill_when_read, pending, chunk, step, ready))
+        if self._decoding is None:
+            self._fill(pending, chunk, step)
+        else:
+            pending.parts.append(self._decoding.submit(self._fill, pending, chunk, step))
 
-    def _read(self, rows: MixtureRows, chunk: range) -> list[Encoded]:
-        return [self._reader.read(int(rows.source[i]), int(rows.epoch[i]), int(rows.id[i])) for i in chunk]
-
-    def _fill_when_read(self, pending: Pending, chunk: range, step: int, ready: "Future[list[Encoded]] | None") -> None:
-        self._fill(pending, chunk, step, ready.result() if ready else self._read(pending.rows, chunk))
-
-    def _fill(self, pending: Pending, chunk: range, step: int, encoded: list[Encoded]) -> None:
-        for i, sample in zip(chunk, encoded, strict=True):
-            self._fill_row(pending, i, step, sample)
+    def _fill(self, pending: Pending, chunk: range, step: int) -> None:
+        rows = pending.rows
+        for i in chunk:
+            # By the thread that decodes it: to hand bytes from thread to thread costs more than reading a local file.
+            encoded = self._reader.read(int(rows.source[i]), int(rows.epoch[i]), int(rows.id[i]))
+            self._fill_row(pending, i, step, encoded)
 
     def _fill_row(self, pending: Pending, i: int, step: int, encoded: Encoded) -> None:
         """Row i from its sample, or from the first usable substitute of it."""
