@@ -64,7 +64,7 @@ def test_what_is_no_picture_has_no_size(data: bytes) -> None:
 @pytest.mark.parametrize("filling", [b"\xff", b"\xff\xff\xff", b"\xff\x01", b"\xff\xd0\xff\xff"])
 def test_filling_between_segments_is_passed_over(filling: bytes) -> None:
     data = PICTURES["jpg"]
-    assert read_header(data[:2] + filling + data[2:]) == ImageHeader(53, 37, 1)
+    assert read_header(data[:2] + filling + data[2:]) == read_header(data)
 
 
 def test_random_bytes_after_a_signature_never_raise() -> None:
