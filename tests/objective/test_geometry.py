@@ -6,7 +6,7 @@ import torch
 
 from m3i_large.data.batch import OTHER_VIEW, TARGET_VIEW
 from m3i_large.data.config import ViewConfig
-from m3i_large.data.views import FLIP, SampleKey, crop_box
+from m3i_large.data.views import FLIP, SampleKeys, crop_box
 from m3i_large.objective.geometry import grid_position, relative_position
 
 GRID, SIZE = 4, 64
@@ -27,7 +27,7 @@ def test_positions_find_the_same_pixels_in_both_views(flips: tuple[bool, bool]) 
     checked = 0
     for number in range(60):
         height, width = (int(v) for v in rng.integers(80, 200, 2))
-        draws = [SampleKey(1, 0, 0, number, 0).draws(v) for v in (0, 1)]
+        draws = SampleKeys(1, 0, 0, number, 0).draws()[0]
         boxes = [crop_box(d, height, width, ViewConfig(crop_scale=(0.3, 1.0))) for d in draws]
         assert all(0 <= d[FLIP] < 1 for d in draws)
         views = [seen(box, flip) for box, flip in zip(boxes, flips, strict=True)]
