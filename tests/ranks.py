@@ -30,8 +30,8 @@ def _main(index: int, world: int, port: int, function: Callable[..., Any], argum
         torch.save(function(rank, *arguments), Path(results) / f"{index}.pt")
     finally:
         stop_distributed()
-    # Not through the interpreter's own exit, where on a busy machine a thread of torch's now and then aborts the process
-    # ("terminate called without an active exception") after everything has been done and written.
+    # Not through the interpreter's own exit, where on a busy machine a thread of torch's now and then aborts the
+    # process ("terminate called without an active exception") after everything has been done and written.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
