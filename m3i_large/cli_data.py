@@ -1,6 +1,8 @@
 """`m3i data ...`: what one does with data sets before, during and after training."""
 
 import json
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from rich.table import Table
 from m3i_large.errors import UserError
 
 data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+LOG_EVERY_S = 60.0
 RecipeName = Annotated[str, typer.Argument(help="Recipe name or file: its data.sources are meant.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Recipe fields to change, a.b=value.")]
 Jobs = Annotated[int, typer.Option(help="Processes.", min=1)]
@@ -286,7 +289,26 @@ def _shard_progress(name: str, total: int) -> Iterator[Callable[[str, int], None
     """A bar on standard error that counts shards and their bytes."""
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    # Into a file even an invisible bar would write an empty line.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not console.is_terminal:
+        yield _LogLines(name, total)
+        return
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(name, total=total)
         yield lambda shard, num_bytes: bar.advance(task)
+
+
+class _LogLines:
+    """The same for a log file: a line a minute."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self._name, self._total = name, total
+        self._done = self._bytes = 0
+        self._told = time.monotonic()
+
+    def __call__(self, shard: str, num_bytes: int) -> None:
+        self._done, self._bytes = self._done + 1, self._bytes + num_bytes
+        if time.monotonic() - self._told >= LOG_EVERY_S:
+            self._told = time.monotonic()
+            print(
+                f"{self._name}: {self._done:,} of {self._total:,} shards, {self._bytes / 1e9:,.1f} GB", file=sys.stderr
+            )

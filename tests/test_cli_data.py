@@ -140,8 +140,8 @@ def test_mistakes_are_one_line(m3i: Any, chosen: Path, data: Path, tmp_path: Pat
     assert "--shards" in refused("data", "stats", chosen, "--shards", -1)
     assert "did you mean 'demo'" in refused("data", "stats", "deom")
     (data / "second-000000.tar").write_text("no tar")
-    assert "needed: an uncompressed tar file" in refused("data", "index", chosen)
-    assert "needed: an uncompressed tar file" in refused("data", "stats", chosen)
+    assert "no uncompressed tar file: " in refused("data", "index", chosen)
+    assert "no uncompressed tar file: " in refused("data", "stats", chosen)
 
 
 def test_the_command_itself(chosen: Path) -> None:

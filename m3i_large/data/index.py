@@ -150,7 +150,7 @@ def index_shard(name: str, storage: Storage, *, progress: Callable[[int], object
         progress: called with the bytes read since its last call.
 
     Raises:
-        UserError: no such shard, no tar at all, more than 64 extensions, or a part of 4 GiB or more.
+        UserError: no such shard, more than 64 extensions, or a part of 4 GiB or more.
         OutageError: the storage failed.
     """
     stat = storage.stat(name)
@@ -170,10 +170,8 @@ def index_shard(name: str, storage: Storage, *, progress: Callable[[int], object
         for member in members(window):
             table.add(member)
     except DamagedTar as error:
-        damage = str(error)
         table.cut(error.offset)
-        if not table.starts and error.offset == 0:
-            raise UserError(f"shard {storage.location(name)}: {damage}; needed: an uncompressed tar file") from None
+        damage = str(error) if error.offset else f"no uncompressed tar file: {error}"
     except ValueError as error:
         raise UserError(f"shard {storage.location(name)}: {error}") from None
     window.drain()

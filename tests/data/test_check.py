@@ -82,7 +82,8 @@ def test_a_flipped_byte_is_found_by_reading(root: Path) -> None:
         )
     data[:512] = b"?" * 512  # no tar any more
     path.write_bytes(data)
-    assert check(root, manifest) == [f"{path}: a damaged header at byte 0"]
+    (problem,) = check(root, manifest)
+    assert problem.startswith(f"{path}: its bytes have changed (checksum ")
 
 
 @pytest.mark.parametrize("quick", [True, False])

@@ -123,8 +123,8 @@ def test_a_cut_shard_is_told_wherever_it_was_cut_and_keeps_what_is_whole(tmp_pat
         assert keys == (["a", "b"] if size >= ends["b"] else ["a"] if size >= ends["a"] + 1024 else []), size
     for size in (0, 1, 511, 512, 1023, 1535):
         cut.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=rf"shard {cut}: the file ends .* at byte 0; needed: an uncompressed tar"):
-            index(cut)
+        found = index(cut)
+        assert len(found) == 0 and re.match(r"no uncompressed tar file: the file ends .* at byte 0$", found.damage)
 
 
 def test_bytes_after_the_end_are_told(tmp_path: Path) -> None:
@@ -148,8 +148,7 @@ def test_no_tar_at_all_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.jpg"))
-    with pytest.raises(UserError, match=r"at byte 0; needed: an uncompressed tar file"):
-        index(path)
+    assert index(path).damage.startswith("no uncompressed tar file: ") and len(index(path)) == 0
     with pytest.raises(UserError, match=r"absent\.tar: No such file or directory; needed: a tar file"):
         index(tmp_path / "absent.tar")
     with pytest.raises(UserError, match=r"d: not a file; needed"):

@@ -328,8 +328,24 @@ def test_processes_make_the_same_manifest_and_indexes(root: Path) -> None:
 
 def test_a_mistake_in_a_process_is_one_line(root: Path) -> None:
     (root / "2.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=r"2\.tar: the file ends without two zero blocks at byte 0; needed: an uncompr"):
+    with pytest.raises(
+        UserError, match=r"2\.tar: no uncompressed tar file: the file ends without two zero blocks at byte 0"
+    ):
         build(root, jobs=2)
+    (root / "2.tar").unlink()
+    (root / "2.tar").mkdir()
+    with pytest.raises(UserError, match=r"2\.tar: not a file; needed: a tar file that can be read$"):
+        build(root, jobs=2)
+
+
+def test_empty_files_are_counted_with_the_damaged_and_can_be_passed_over(root: Path) -> None:
+    for name in ("1.tar", "2.tar"):
+        (root / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"no uncompressed tar file: .* \(and 1 more shards\)"):
+        build(root)
+    rows = build(root, salvage=True).shards
+    assert [row.eligible > 0 for row in rows if row.name in ("1.tar", "2.tar")] == [False, False]
+    assert any(row.eligible for row in rows)
 
 
 @pytest.mark.parametrize("blocked", [".m3i", ".m3i/shards", ".m3i/s.jsonl"])
