@@ -200,7 +200,7 @@ def open_manifest(
     if (
         manifest is not None
         and fits
-        and (len(names) > few or all(_is_current(row, storage) for row in manifest.shards))
+        and (len(names) > few or all(_is_current(row, storage, directory) for row in manifest.shards))
     ):
         return manifest
     if len(names) > few:
@@ -220,7 +220,9 @@ def load_index(row: ShardRow, directory: IndexDirectory) -> ShardIndex:
     return index
 
 
-def _is_current(row: ShardRow, storage: Storage) -> bool:
+def _is_current(row: ShardRow, storage: Storage, directory: IndexDirectory) -> bool:
+    if not directory.shard(row.name).is_file():
+        return False
     stat = storage.stat(row.name)
     return (stat.num_bytes, stat.mark) == (row.num_bytes, row.mark)
 
