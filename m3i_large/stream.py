@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_large import checkpoint
+from m3i_large.data.config import DataConfig
 from m3i_large.data.demo import build_demo_data
 from m3i_large.data.loader import Loader
 from m3i_large.data.mixture import Mixture
@@ -16,24 +17,29 @@ from m3i_large.data.sources import Source, manifest_hash, open_sources
 from m3i_large.data.views import MaskSpec
 from m3i_large.errors import UserError
 from m3i_large.metrics import append_row
-from m3i_large.parallel.comm import Rank, barrier
+from m3i_large.parallel.comm import Rank, gather_objects
 from m3i_large.recipe import Recipe
 from m3i_large.run import Run
 
 
 def prepare_sources(recipe: Recipe, rank: Rank) -> list[Source]:
-    """Opens the recipe's sources; the first rank builds the embedded data set if the recipe uses it."""
-    root = Path(recipe.data.root)
-    if recipe.data.embedded and rank.is_first:
-        build_demo_data(root)
-    barrier()
-    data = recipe.data
-    # The first rank makes what indexes are missing; the others then find them.
-    for turn in (rank.is_first, not rank.is_first):
-        if turn:
-            sources = open_sources(data.sources, data.root, index=data.index, retry_s=data.retry_s)
-        barrier()
-    return sources
+    """Opens the recipe's sources; the first rank builds the embedded data set and what indexes are missing before."""
+    data, sources, mistake = recipe.data, [], ""
+    if rank.is_first:
+        try:
+            if data.embedded:
+                build_demo_data(Path(data.root))
+            sources = _open(data)
+        except UserError as error:
+            mistake = str(error)
+    # Every rank ends with the first one's message, rather than with the loss of it.
+    if mistake := gather_objects(mistake, rank)[0]:
+        raise UserError(mistake)
+    return sources if rank.is_first else _open(data)
+
+
+def _open(data: DataConfig) -> list[Source]:
+    return open_sources(data.sources, data.root, index=data.index, retry_s=data.retry_s)
 
 
 def plan_mixture(recipe: Recipe, sizes: Sequence[tuple[int, float]]) -> Mixture:

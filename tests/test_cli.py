@@ -62,7 +62,8 @@ def test_mistakes_found_by_the_run_itself(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists(), "a refused run writes nothing"
         return lines[0]
 
-    assert "nowhere, which is no directory" in said(good | {"data": good["data"] | {"root": str(tmp_path / "nowhere")}})
+    nowhere = good | {"data": good["data"] | {"root": str(tmp_path / "nowhere")}}
+    assert "nowhere, which is no directory" in said(nowhere, ranks=2)
     empty = [dict(good["data"]["sources"][0], shards=["labelled-*.tar"], name="empty", quota=4)]
     assert "no sample has" in said(good | {"data": good["data"] | {"sources": empty}})
     assert "ranks: got 3; needed: one of 1, 2, 4" in said(
