@@ -239,26 +239,33 @@ def _primitives(shard: Path, jpegs: Sequence[bytes]) -> Stream:
 
 def _ours(shard: Path, jpegs: Sequence[bytes], *, view: ViewConfig = PLAIN) -> Stream:
     """The loader from shards to batches: with the order, keyed draws, masks, partners and tokens of a training run."""
+    job = loader_job(shard, view=view, global_batch=BATCH, threads=1)
+    with Loader(job) as stream:
+        for batch in stream:
+            yield len(batch)
+
+
+def loader_job(
+    shard: Path, *, view: ViewConfig, global_batch: int, threads: int, rank: int = 0, world: int = 1
+) -> LoaderJob:
+    """Batches from one shard of captioned pictures, with both views drawn as `view`."""
     source = SourceConfig(name="photo", kind="image_text", shards=[shard.name])
     config = DataConfig(
-        root=str(shard.parent), sources=[source], image_size=SIZE, threads=1, target_view=view, other_view=view
+        root=str(shard.parent), sources=[source], image_size=SIZE, threads=threads, target_view=view, other_view=view
     )
     sources = open_sources(config.sources, shard.parent)
     specs = [(s.name, s.num_samples, 1, s.mean_bytes, None) for s in sources]
-    job = LoaderJob(
+    return LoaderJob(
         config=config,
-        mixture=Mixture.plan(0, sources=specs, global_batch=BATCH),
+        mixture=Mixture.plan(0, sources=specs, global_batch=global_batch),
         sources=sources,
         context_length=77,
         seed=0,
         mask=MaskSpec(cells=SIZE // 16, ratio=0.5),
-        rank=0,
-        world=1,
+        rank=rank,
+        world=world,
         accumulation=1,
     )
-    with Loader(job) as stream:
-        for batch in stream:
-            yield len(batch)
 
 
 def _ours_augmented(shard: Path, jpegs: Sequence[bytes]) -> Stream:

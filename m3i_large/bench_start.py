@@ -8,17 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from m3i_large.bench_loader import PLAIN, SIZE, _photos, write_shard
-from m3i_large.data.config import DataConfig
+from m3i_large.bench_loader import PLAIN, _photos, loader_job, write_shard
 from m3i_large.data.index import index_shard
 from m3i_large.data.loader import Loader
 from m3i_large.data.manifest import IndexDirectory, Manifest, ShardRow, eligibility
-from m3i_large.data.mixture import Mixture
-from m3i_large.data.producer import LoaderJob
 from m3i_large.data.source_config import SourceConfig
-from m3i_large.data.sources import open_sources
 from m3i_large.data.storage import Storage
-from m3i_large.data.views import MaskSpec
 
 # Samples and shards of the four sources of the 442 M recipe.
 SOURCES = {
@@ -122,26 +117,7 @@ def _open(directory: Path) -> tuple[float, float]:
 
 
 def _first_batch(shard: Path) -> float:
-    config = DataConfig(
-        root=str(shard.parent),
-        sources=[SourceConfig(name="photo", kind="image_text", shards=shard.name)],
-        image_size=SIZE,
-        target_view=PLAIN,
-        other_view=PLAIN,
-    )
-    sources = open_sources(config.sources, shard.parent)
-    specs = [(s.name, s.num_samples, 1, s.mean_bytes, None) for s in sources]
-    job = LoaderJob(
-        config=config,
-        mixture=Mixture.plan(0, sources=specs, global_batch=128 * RANKS),
-        sources=sources,
-        context_length=77,
-        seed=0,
-        mask=MaskSpec(cells=SIZE // 16, ratio=0.5),
-        rank=5,
-        world=RANKS,
-        accumulation=1,
-    )
+    job = loader_job(shard, view=PLAIN, global_batch=128 * RANKS, threads=2, rank=5, world=RANKS)
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()

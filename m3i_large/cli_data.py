@@ -53,16 +53,13 @@ def data_index(
 ) -> None:
     """Indexes a recipe's shards: one pass over each tar. Stopped, the same command goes on where it was."""
     from m3i_large.data.interchange import EXPORTS, export_index
-    from m3i_large.data.manifest import IndexDirectory, build_manifest, load_index
+    from m3i_large.data.manifest import build_manifest, load_index
     from m3i_large.data.sources import expand
-    from m3i_large.data.storage import Storage
-    from m3i_large.recipe import load_recipe
 
     exports = [choice.partition("=") for choice in export or []]
     if any(kind not in EXPORTS or not where for kind, _, where in exports):
         raise UserError(f"--export: got {export}; needed: {' or '.join(f'{kind}=DIR' for kind in EXPORTS)}")
-    data = load_recipe(recipe, overrides or []).data
-    storage, directory = Storage(data.root, retry_s=data.retry_s), IndexDirectory(data.root, data.index)
+    data, storage, directory = _data_of(recipe, overrides)
     results = []
     for config in data.sources:
         names = expand(config, storage.root)
@@ -113,12 +110,9 @@ def data_check(
 ) -> int:
     """Compares the shards with their index and with counts stated beside them; status 1 if they differ."""
     from m3i_large.data.check import check_configuration, check_manifest
-    from m3i_large.data.manifest import IndexDirectory, Manifest
-    from m3i_large.data.storage import Storage
-    from m3i_large.recipe import load_recipe
+    from m3i_large.data.manifest import Manifest
 
-    data = load_recipe(recipe, overrides or []).data
-    storage, directory = Storage(data.root, retry_s=data.retry_s), IndexDirectory(data.root, data.index)
+    data, storage, directory = _data_of(recipe, overrides)
     problems: dict[str, list[str]] = {}
     for config in data.sources:
         manifest = Manifest.load(directory.manifest(config.name))
@@ -271,6 +265,16 @@ def data_audit(
     audit = audit_runs(runs)
     print(json.dumps(audit.to_dict()) if as_json else audit.to_text())
     return 0 if audit.proven else 1
+
+
+def _data_of(recipe: str, overrides: list[str] | None) -> tuple[Any, Any, Any]:
+    """A recipe's `data`, the storage of its shards and the directory of their indexes."""
+    from m3i_large.data.manifest import IndexDirectory
+    from m3i_large.data.storage import Storage
+    from m3i_large.recipe import load_recipe
+
+    data = load_recipe(recipe, overrides or []).data
+    return data, Storage(data.root, retry_s=data.retry_s), IndexDirectory(data.root, data.index)
 
 
 @contextmanager

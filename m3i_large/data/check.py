@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from m3i_large.data.index import ShardIndex, index_shard
 from m3i_large.data.interchange import expected_counts
-from m3i_large.data.manifest import IndexDirectory, Manifest, ShardRow, eligibility
+from m3i_large.data.manifest import IndexDirectory, Manifest, ShardRow, eligibility, in_processes
 from m3i_large.data.source_config import SourceConfig
 from m3i_large.data.sources import expand
 from m3i_large.data.storage import Storage, is_url
@@ -35,14 +34,13 @@ def check_manifest(
     problems: list[str] = []
     work = partial(_check_shard, storage=storage, directory=directory, quick=quick)
     stated = _stated(manifest, storage)
-    with get_context("spawn").Pool(jobs) if jobs > 1 else _Inline() as pool:
-        for row, found in zip(manifest.shards, pool.imap(work, manifest.shards), strict=True):
-            problems += [f"{storage.location(row.name)}: {problem}" for problem in found]
-            count, origin = stated.get(row.name, (row.samples, ""))
-            if count != row.samples:
-                problems.append(f"{storage.location(row.name)}: {row.samples} samples; {origin} says {count}")
-            if progress:
-                progress(row.name, row.num_bytes)
+    for row, found in zip(manifest.shards, in_processes(work, manifest.shards, jobs=jobs), strict=True):
+        problems += [f"{storage.location(row.name)}: {problem}" for problem in found]
+        count, origin = stated.get(row.name, (row.samples, ""))
+        if count != row.samples:
+            problems.append(f"{storage.location(row.name)}: {row.samples} samples; {origin} says {count}")
+        if progress:
+            progress(row.name, row.num_bytes)
     return problems
 
 
@@ -108,15 +106,3 @@ def _stated(manifest: Manifest, storage: Storage) -> dict[str, tuple[int, str]]:
         if path.name in beside[path.parent]:
             stated[row.name] = beside[path.parent][path.name]
     return stated
-
-
-class _Inline:
-    """A pool of this process alone."""
-
-    imap = staticmethod(map)
-
-    def __enter__(self) -> "_Inline":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -103,7 +104,7 @@ class _Inline:
 
     def __init__(self, job: LoaderJob, first: int) -> None:
         inline = job.config.model_copy(update={"threads": 0})
-        self._producer = Producer(_replaced(job, inline))
+        self._producer = Producer(replace(job, config=inline))
         self._index = first
 
     def next(self) -> tuple[int, Slot, list[BadSample]]:
@@ -209,7 +210,3 @@ def _pin(memory: SharedMemory) -> None:
     error = torch.cuda.cudart().cudaHostRegister(address, memory.num_bytes, 0)
     if int(error):
         raise OutageError(f"cudaHostRegister: error {int(error)} for {memory.num_bytes} bytes of batches")
-
-
-def _replaced(job: LoaderJob, config: Any) -> LoaderJob:
-    return LoaderJob(**{**vars(job), "config": config})

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ DEFAULT_DIRECTORY = ".m3i"
 FEW_SHARDS = 64
 NOT_ELIGIBLE = Flag.NO_IMAGE | Flag.NO_HEADER | Flag.DUPLICATE_KEY
 Progress = Callable[[str, int], object]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,8 @@ def build_manifest(
         UserError: a shard is missing or damaged (all are looked at first), or the directory cannot be written.
     """
     rows, damaged = [], []
-    for row in _indexed(config, names, storage, directory, jobs):
+    work = partial(_row, config=config, storage=storage, directory=directory)
+    for row in in_processes(work, names, jobs=jobs):
         rows.append(row)
         if row.damage:
             damaged.append(f"{storage.location(row.name)}: {row.damage}")
@@ -227,18 +230,16 @@ def _is_current(row: ShardRow, storage: Storage, directory: IndexDirectory) -> b
     return (stat.num_bytes, stat.mark) == (row.num_bytes, row.mark)
 
 
-def _indexed(
-    config: SourceConfig, names: Sequence[str], storage: Storage, directory: IndexDirectory, jobs: int
-) -> Iterator[ShardRow]:
-    work = partial(_row, config=config, storage=storage, directory=directory)
-    if jobs == 1 or len(names) < 2:
-        yield from map(work, names)
+def in_processes(work: Callable[[T], R], items: Sequence[T], *, jobs: int) -> Iterator[R]:
+    """work(item) for every item, in order, on so many processes; in this one where one is enough."""
+    if jobs == 1 or len(items) < 2:
+        yield from map(work, items)
         return
-    with ProcessPoolExecutor(min(jobs, len(names)), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(jobs, len(items)), multiprocessing.get_context("spawn")) as pool:
         try:
-            yield from pool.map(work, names)
+            yield from pool.map(work, items)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what is done is on disk; do not index the rest first
+            pool.shutdown(wait=False, cancel_futures=True)  # what is done is on disk; do not do the rest first
             raise
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -50,7 +50,7 @@ class Storage:
         self._store = lru_cache(maxsize=None)(_object_store)
 
     def __reduce__(self) -> tuple[Callable[..., "Storage"], tuple[Any, ...]]:
-        return _rebuild, (self.root, self.retry_s)
+        return partial(Storage, self.root, retry_s=self.retry_s), ()
 
     def location(self, name: str) -> str:
         """Where a shard is: `name` itself if it is a URL or an absolute path, else below the root."""
@@ -185,10 +185,6 @@ class _File:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
-
-
-def _rebuild(root: str, retry_s: float) -> Storage:
-    return Storage(root, retry_s=retry_s)
 
 
 def _object_store(base: str) -> Any:

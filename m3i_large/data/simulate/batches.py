@@ -188,7 +188,7 @@ def _one_shard(b: int, shard: float) -> float:
 def _edges(mixture: Mixture, source: int, *, steps: int, random: np.random.Generator) -> tuple[list[int], int]:
     """Steps in which an epoch of the source ends inside the batch, EDGES of them at most, and the run's epoch ends."""
     order = mixture.orders[source]
-    in_run = (mixture.lanes * mixture.drawn(steps)[source] - 1) // order.n
+    in_run = (mixture.position(steps)[source] - 1) // order.n
     chosen = np.arange(1, in_run + 1)
     if in_run > EDGES:
         chosen = 1 + random.choice(in_run, EDGES, replace=False)

@@ -103,11 +103,11 @@ def count(
 def step_of(mixture: Mixture, *, source: int, draw: int) -> int:
     """The step that takes draw number `draw` (from 0, over all lanes) of a source."""
     low, high = 0, 1
-    while mixture.lanes * mixture.drawn(high)[source] <= draw:
+    while mixture.position(high)[source] <= draw:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if mixture.lanes * mixture.drawn(middle)[source] <= draw else (low, middle)
+        low, high = (middle, high) if mixture.position(middle)[source] <= draw else (low, middle)
     return low
 
 
@@ -121,10 +121,9 @@ def _sources(
 ) -> list[SourceCounts]:
     wanted = [None] * len(mixture.orders) if epochs is None else _wanted(mixture, epochs=epochs)
     result = []
-    for s, (order, share, draws, want) in enumerate(
-        zip(mixture.orders, shares(mixture), mixture.drawn(steps), wanted, strict=True)
+    for s, (order, share, drawn, want) in enumerate(
+        zip(mixture.orders, shares(mixture), mixture.position(steps), wanted, strict=True)
     ):
-        drawn = mixture.lanes * draws
         result.append(
             SourceCounts(
                 name=order.name,
@@ -149,4 +148,4 @@ def _wanted(mixture: Mixture, *, epochs: float) -> list[Fraction]:
 
 
 def _enough(mixture: Mixture, steps: int, *, wanted: list[Fraction]) -> bool:
-    return all(mixture.lanes * k >= w for k, w in zip(mixture.drawn(steps), wanted, strict=True))
+    return all(p >= w for p, w in zip(mixture.position(steps), wanted, strict=True))
