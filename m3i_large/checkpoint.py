@@ -21,7 +21,7 @@ from torch import Tensor
 from m3i_large.errors import UserError
 from m3i_large.metrics import write_json
 from m3i_large.parallel.comm import Rank, barrier, gather_objects
-from m3i_large.parallel.engine import Slice
+from m3i_large.parallel.state import State
 
 FORMAT_VERSION = 1
 MANIFEST, LATEST = "manifest.json", "latest"
@@ -32,14 +32,12 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def save(
-    root: Path, *, step: int, state: Mapping[str, Slice], manifest: Mapping[str, Any], rank: Rank, keep: int
-) -> Path:
+def save(root: Path, *, step: int, state: State, manifest: Mapping[str, Any], rank: Rank, keep: int) -> Path:
     """Writes one checkpoint; every rank calls it with its slices. Returns the final directory.
 
     Args:
         root: the run's `checkpoints` directory.
-        state: this rank's slices by key (`master/...`, `exp_avg/...`, `exp_avg_sq/...`, `ema/...`, `buffer/...`).
+        state: this rank's slices (`master/...`, `exp_avg/...`, `exp_avg_sq/...`, `ema/...`, `buffer/...`).
         manifest: what else to record (step count, sampler, recipe, ...); must be JSON.
         keep: how many complete checkpoints stay; older ones are removed after the new one is in place.
     """
@@ -52,16 +50,19 @@ def save(
     barrier()
     name = f"rank_{rank.rank:05d}_of_{rank.world:05d}.safetensors"
     # Slices are views into DeepSpeed's flat buffers; safetensors wants tensors that own their memory.
-    save_file({k: s.values.detach().cpu().clone() for k, s in state.items() if s.values.numel()}, temporary / name)
+    values = {
+        k: s.values.detach().cpu().clone() for group in state.groups() for k, s in group.items() if s.values.numel()
+    }
+    save_file(values, temporary / name)
     _fsync(temporary / name)
     entries = {
         k: {
             "shape": list(s.shape),
-            "dtype": str(s.values.dtype).removeprefix("torch."),
+            "dtype": str(s.dtype).removeprefix("torch."),
             "offset": s.offset,
-            "numel": s.values.numel(),
+            "numel": s.numel,
         }
-        for k, s in state.items()
+        for k, s in state.layout().items()
     }
     parts = gather_objects((name, sha256(temporary / name), entries), rank)
     if rank.is_first:
@@ -188,21 +189,22 @@ class Checkpoint:
         """The whole tensor in its shape."""
         return self.read(key).reshape(self.manifest["tensors"][key]["shape"])
 
-    def restore(self, state: Mapping[str, Slice]) -> None:
+    def restore(self, state: State) -> None:
         """Fills a rank's slices in place; refuses a checkpoint of another model before writing anything."""
-        stored = self.manifest["tensors"]
-        if missing := sorted(state.keys() ^ stored.keys()):
+        stored, layout = self.manifest["tensors"], state.layout()
+        if missing := sorted(layout.keys() ^ stored.keys()):
             raise UserError(
                 f"checkpoint: {self.directory} is of another model: {len(missing)} tensors differ, first {missing[0]}"
             )
-        for key, piece in state.items():
+        for key, piece in layout.items():
             if list(piece.shape) != stored[key]["shape"]:
                 got, need = stored[key]["shape"], list(piece.shape)
                 raise UserError(
                     f"checkpoint: {self.directory} is of another model: {key} has shape {got}, needed {need}"
                 )
-        for key, piece in state.items():
-            piece.values.copy_(self.read(key, offset=piece.offset, numel=piece.values.numel()))
+        for group in state.groups(write=True):
+            for key, part in group.items():
+                part.values.copy_(self.read(key, offset=part.offset, numel=part.values.numel()))
 
     def _open(self, name: str) -> Any:
         if name not in self._files:

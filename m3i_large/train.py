@@ -1,47 +1,32 @@
 """The training loop: one recipe, one run directory, any valid number of ranks."""
 
 import resource
-import signal
 import time
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from m3i_large import checkpoint
-from m3i_large.build import build_objective, transformer_blocks, use_plain_attention
+from m3i_large.assembly import build_engine, restore, training_state
 from m3i_large.data.batch import Batch
 from m3i_large.data.loader import Loader
 from m3i_large.data.mixture import Mixture
 from m3i_large.data.sources import manifest_hash
-from m3i_large.evaluate.load import load_frozen
 from m3i_large.metrics import MetricsWriter, append_row, environment, package_versions
 from m3i_large.models import LOG_SCALE_BOUNDS
 from m3i_large.objective import Objective
 from m3i_large.objective.signals import collapsed
-from m3i_large.optim import build_optimizer, decays
-from m3i_large.parallel.comm import ProcessGroupCollectives, Rank, any_rank, barrier
-from m3i_large.parallel.engine import (
-    Engine,
-    Slice,
-    StepSizes,
-    build_param_groups,
-    gather_whole,
-    partition,
-    read_ds_config,
-)
-from m3i_large.parallel.remat import rematerialize
+from m3i_large.parallel.comm import Rank, any_rank, barrier
+from m3i_large.parallel.engine import Engine, StepSizes, read_ds_config
 from m3i_large.parallel.sharded_ema import ShardedEMA
 from m3i_large.pictures import write_input_picture
 from m3i_large.progress import Progress
 from m3i_large.recipe import Recipe
 from m3i_large.run import Outcome, Run, begin, open_run, read_exit, resolve
 from m3i_large.schedule import ema_momentum, learning_rate
+from m3i_large.step_totals import StepTotals
+from m3i_large.stop_signals import StopSignals
 from m3i_large.stream import check_world, make_loader, plan_mixture, prepare_sources, restore_mixture
 
 LOG_SCALE = "text_head.log_scale"
@@ -119,7 +104,7 @@ class Loop:
     skipped_steps: list[int] = field(default_factory=list)
     collapsed: set[str] = field(default_factory=set)
 
-    def run(self, stream: Loader, *, start: int, stop: "StopSignals") -> Outcome:
+    def run(self, stream: Loader, *, start: int, stop: StopSignals) -> Outcome:
         """Steps from `start` to the end; saves on the way, at a stop signal and at the end."""
         recipe, engine = self.recipe.train, self.engine
         writer = self._writer()
@@ -187,11 +172,10 @@ class Loop:
             "versions": package_versions(),
             "world": self.rank.world,
         }
-        state = {**self.engine.state(), **(self.target.state() if self.target else {}), **buffers(self.engine)}
         checkpoint.save(
             self.directory.checkpoints,
             step=step,
-            state=state,
+            state=training_state(self.engine, self.target),
             manifest=manifest,
             rank=self.rank,
             keep=recipe.train.checkpoint_keep,
@@ -262,96 +246,3 @@ class Loop:
         self.progress.say(f"{self.directory.directory} {outcome} after {step} of {self.steps} steps{more}")
         barrier()
         return outcome
-
-
-class StepTotals:
-    """Losses and signals of one step, averaged over micro-steps and ranks."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[Tensor]] = defaultdict(list)
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Takes one micro-step's output of the objective."""
-        for key, value in losses.items():
-            self._values[key].append(value.detach().double())
-
-    def row(self, rank: Rank, sources: Iterable[str]) -> dict[str, float]:
-        """The step's metrics: scalars as means, per-source losses from their sums and counts."""
-        keys = sorted(self._values)
-        means = [
-            torch.stack(self._values[k]).sum(0) if k.startswith("source/") else torch.stack(self._values[k]).mean(0)
-            for k in keys
-        ]
-        flat = ProcessGroupCollectives(rank).all_reduce_sum(torch.cat([m.flatten() for m in means])).cpu()
-        row: dict[str, float] = {}
-        for key, mean, total in zip(keys, means, flat.split([m.numel() for m in means]), strict=True):
-            if not key.startswith("source/"):
-                row[key] = total.item() / rank.world
-                continue
-            for name, (loss, count) in zip(sources, total.reshape(mean.shape).tolist(), strict=True):
-                if count:
-                    row[f"loss/{key.removeprefix('source/')}/{name}"] = loss / count
-        return row
-
-
-class StopSignals:
-    """SIGTERM and SIGINT ask for a checkpoint and an orderly end; the launcher kills ranks 30 s after SIGTERM."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.name = ""
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        # The launcher passes SIGTERM on after Ctrl-C: the first signal is the reason.
-        self.name = self.name or signal.Signals(number).name
-        self.requested = True
-
-
-def build_engine(recipe: Recipe, ds_config: dict[str, Any], rank: Rank) -> tuple[Engine, ShardedEMA | None]:
-    """Towers, then ZeRO-3 partitions, then the optimizer and the target's average."""
-    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-    objective = build_objective(recipe, collectives=ProcessGroupCollectives(rank), dtype=dtype)
-    if recipe.objective.frozen_checkpoint is not None:
-        load_frozen(objective, Path(recipe.objective.frozen_checkpoint))
-    if rank.device.type == "cpu":
-        use_plain_attention(objective)
-    if recipe.train.activation_checkpointing:
-        rematerialize(transformer_blocks(objective, frozen=False))
-    for frozen in (False, True):
-        gather_whole(transformer_blocks(objective, frozen=frozen))
-    partition(objective.to(rank.device), ds_config)
-    trained = ((n, p) for n, p in objective.named_parameters() if p.requires_grad)
-    groups = build_param_groups(trained, weight_decay=recipe.optim.weight_decay, decays=decays)
-    engine = Engine(objective, optimizer=build_optimizer(groups, recipe.optim), ds_config=ds_config, rank=rank)
-    copies = {"target": "student", "target_pool": "pool"} if recipe.objective.encoder == "ema" else {}
-    copies = {copy: source for copy, source in copies.items() if getattr(objective, copy) is not None}
-    return engine, ShardedEMA(engine, copies) if copies else None
-
-
-def buffers(engine: Engine) -> dict[str, Slice]:
-    """The module's persistent buffers, whole on every rank (the same values everywhere)."""
-    found = {}
-    for prefix, module in engine.module.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                key = f"{prefix}.{name}" if prefix else name
-                found[f"buffer/{key}"] = Slice(tuple(buffer.shape), 0, buffer.view(-1))
-    return found
-
-
-def restore(saved: checkpoint.Checkpoint, engine: Engine, target: ShardedEMA | None) -> None:
-    """Continues from a checkpoint of any world size."""
-    saved.restore({**engine.state(), **(target.state() if target else {}), **buffers(engine)})
-    engine.restored(applied_steps=int(saved.manifest["applied_steps"]))
-    if target:
-        target.restored()

@@ -76,7 +76,7 @@ def test_the_highest_attempt_counts_and_a_cut_line_is_dropped(tmp_path: Path) ->
 
 
 def test_stop_signals_are_remembered_and_handlers_restored() -> None:
-    from m3i_large.train import StopSignals
+    from m3i_large.stop_signals import StopSignals
 
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as stop:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from m3i_large.errors import UserError
 from m3i_large.parallel.comm import Rank
+from m3i_large.parallel.state import MemoryState, Slice, State
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 RECIPE_KEYS = {
@@ -28,15 +29,6 @@ RECIPE_KEYS = {
     "optimizer": "optim",
     "scheduler": "optim",
 }
-
-
-@dataclass(frozen=True)
-class Slice:
-    """This rank's run of one named tensor: a flat, writable view and where it lies in the flattened whole."""
-
-    shape: tuple[int, ...]
-    offset: int
-    values: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +179,7 @@ class Engine:
 
         return self._slice(parameter, safe_get_local_fp32_param(parameter).detach())
 
-    def state(self) -> dict[str, Slice]:
+    def state(self) -> State:
         """Slices of master weights and AdamW moments, keyed `master/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`.
 
         The moments exist once the first step was applied; before, they are created as zeros.
@@ -200,7 +192,7 @@ class Engine:
             slices[f"{MASTER}/{name}"] = self.master(parameter)
             for key in MOMENTS:
                 slices[f"{key}/{name}"] = self._slice(parameter, safe_get_local_optimizer_state(parameter, key))
-        return slices
+        return MemoryState(slices)
 
     def _create_moments(self) -> None:
         for flat in self._zero.fp32_partitioned_groups_flat:

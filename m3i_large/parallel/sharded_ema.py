@@ -11,7 +11,8 @@ import torch
 from m3i_kernels.ema_update import ema_update
 from torch import Tensor, nn
 
-from m3i_large.parallel.engine import Engine, Slice, full_shape
+from m3i_large.parallel.engine import Engine, full_shape
+from m3i_large.parallel.state import MemoryState, Slice, State
 
 
 class ShardedEMA:
@@ -56,12 +57,14 @@ class ShardedEMA:
         for buffer, copy in self._buffers.values():
             copy.copy_(buffer)
 
-    def state(self) -> dict[str, Slice]:
+    def state(self) -> State:
         """Slices of the fp32 average, keyed `ema/<name in the engine's module>`."""
-        return {
-            f"ema/{name}": Slice(full_shape(twin), self._engine.master(parameter).offset, self._shadow[name])
-            for name, (parameter, twin) in self._pairs.items()
-        }
+        return MemoryState(
+            {
+                f"ema/{name}": Slice(full_shape(twin), self._engine.master(parameter).offset, self._shadow[name])
+                for name, (parameter, twin) in self._pairs.items()
+            }
+        )
 
     def restored(self) -> None:
         """Takes over values written into `state()`."""

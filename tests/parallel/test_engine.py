@@ -16,6 +16,7 @@ from m3i_large.parallel.comm import ProcessGroupCollectives, Rank, gather_object
 from m3i_large.parallel.engine import Engine, StepSizes, build_param_groups, gather_whole, partition, read_ds_config
 from m3i_large.parallel.remat import rematerialize
 from m3i_large.parallel.sharded_ema import ShardedEMA
+from m3i_large.parallel.state import JoinedState, State
 
 MOMENTUM, LR, STEPS = 0.9, 0.05, 4
 
@@ -79,9 +80,10 @@ def build(rank: Rank, path: Path, *, remat: bool = False) -> tuple[Engine, Shard
     return engine, ShardedEMA(engine, {"target": "student"})
 
 
-def full(rank: Rank, state: dict) -> dict[str, torch.Tensor]:
+def full(rank: Rank, state: State) -> dict[str, torch.Tensor]:
     """Whole tensors from every rank's slices."""
-    parts = gather_objects({k: (s.shape, s.offset, s.values.clone()) for k, s in state.items()}, rank)
+    mine = {k: (s.shape, s.offset, s.values.clone()) for group in state.groups() for k, s in group.items()}
+    parts = gather_objects(mine, rank)
     whole = {}
     for key, (shape, _, _) in parts[0].items():
         flat = torch.full((int(torch.tensor(shape).prod()),), float("nan"))
@@ -111,7 +113,7 @@ def step_once(rank: Rank, engine: Engine, target: ShardedEMA, step: int, *, spoi
 def train_and_save(rank: Rank, directory: Path, persistence: int, remat: bool) -> dict:
     engine, target = build(rank, ds_file(directory, persistence=persistence), remat=remat)
     losses = [step_once(rank, engine, target, s)[0] for s in range(STEPS)]
-    state = {**engine.state(), **target.state()}
+    state = JoinedState([engine.state(), target.state()])
     manifest = {"applied_steps": engine.applied_steps}
     checkpoint.save(directory / f"w{rank.world}", step=STEPS, state=state, manifest=manifest, rank=rank, keep=2)
     seen = ProcessGroupCollectives(rank).all_gather(engine(local_rows(rank, 99))["seen"])
@@ -123,11 +125,11 @@ def train_and_save(rank: Rank, directory: Path, persistence: int, remat: bool) -
 def resume(rank: Rank, directory: Path, saved: Path, persistence: int) -> dict:
     engine, target = build(rank, ds_file(directory, persistence=persistence))
     point = checkpoint.Checkpoint(saved)
-    point.restore({**engine.state(), **target.state()})
+    point.restore(JoinedState([engine.state(), target.state()]))
     engine.restored(applied_steps=point.manifest["applied_steps"])
     target.restored()
     seen = ProcessGroupCollectives(rank).all_gather(engine(local_rows(rank, 99))["seen"])
-    tensors = full(rank, {**engine.state(), **target.state()})
+    tensors = full(rank, JoinedState([engine.state(), target.state()]))
     after = [step_once(rank, engine, target, s)[0] for s in range(STEPS, STEPS + 3)]
     return {"seen": seen, "tensors": tensors, "after": after}
 
@@ -189,9 +191,9 @@ def clamp_and_skip(rank: Rank, directory: Path) -> dict:
     step_once(rank, engine, target, 0)
     engine.clamp("head.bias", -0.01, 0.01)
     clamped = full(rank, engine.state())["master/head.bias"]
-    before = full(rank, {**engine.state(), **target.state()})
+    before = full(rank, JoinedState([engine.state(), target.state()]))
     _, applied = step_once(rank, engine, target, 1, spoil=rank.rank == 0)
-    after = full(rank, {**engine.state(), **target.state()})
+    after = full(rank, JoinedState([engine.state(), target.state()]))
     _, recovered = step_once(rank, engine, target, 2)
     unchanged = all(torch.equal(before[k], after[k]) for k in before)
     return {"clamped": clamped, "applied": applied, "unchanged": unchanged, "recovered": recovered}
