@@ -8,9 +8,11 @@ import torch
 from m3i_large import checkpoint
 from m3i_large.build import build_objective, transformer_blocks, use_plain_attention
 from m3i_large.evaluate.load import load_frozen
-from m3i_large.optim import build_optimizer, decays
+from m3i_large.optim import decays
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
+from m3i_large.parallel.ds_config import optimizer_device
 from m3i_large.parallel.engine import Engine, build_param_groups, gather_whole, partition
+from m3i_large.parallel.optimizer import build_optimizer
 from m3i_large.parallel.remat import rematerialize
 from m3i_large.parallel.sharded_ema import ShardedEMA
 from m3i_large.parallel.state import JoinedState, MemoryState, Slice, State
@@ -18,7 +20,7 @@ from m3i_large.recipe import Recipe
 
 
 def build_engine(recipe: Recipe, ds_config: dict[str, Any], rank: Rank) -> tuple[Engine, ShardedEMA | None]:
-    """Towers, then ZeRO-3 partitions, then the optimizer and the target's average."""
+    """Towers, then ZeRO partitions, then the optimizer and the target's average."""
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     objective = build_objective(recipe, collectives=ProcessGroupCollectives(rank), dtype=dtype)
     if recipe.objective.frozen_checkpoint is not None:
@@ -32,7 +34,9 @@ def build_engine(recipe: Recipe, ds_config: dict[str, Any], rank: Rank) -> tuple
     partition(objective.to(rank.device), ds_config)
     trained = ((n, p) for n, p in objective.named_parameters() if p.requires_grad)
     groups = build_param_groups(trained, weight_decay=recipe.optim.weight_decay, decays=decays)
-    engine = Engine(objective, optimizer=build_optimizer(groups, recipe.optim), ds_config=ds_config, rank=rank)
+    offload = optimizer_device(ds_config) != "none"
+    optimizer = build_optimizer(groups, recipe.optim, device=rank.device, offload=offload)
+    engine = Engine(objective, optimizer=optimizer, ds_config=ds_config, rank=rank)
     copies = {"target": "student", "target_pool": "pool"} if recipe.objective.encoder == "ema" else {}
     copies = {copy: source for copy, source in copies.items() if getattr(objective, copy) is not None}
     return engine, ShardedEMA(engine, copies) if copies else None
@@ -40,7 +44,7 @@ def build_engine(recipe: Recipe, ds_config: dict[str, Any], rank: Rank) -> tuple
 
 def training_state(engine: Engine, target: ShardedEMA | None) -> State:
     """All that a checkpoint holds: weights, moments, the average, buffers."""
-    average = [target.state()] if target else []
+    average = [target] if target else []
     return JoinedState([engine.state(), *average, MemoryState(_buffers(engine))])
 
 
@@ -59,5 +63,3 @@ def restore(saved: checkpoint.Checkpoint, engine: Engine, target: ShardedEMA | N
     """Continues from a checkpoint of any world size."""
     saved.restore(training_state(engine, target))
     engine.restored(applied_steps=int(saved.manifest["applied_steps"]))
-    if target:
-        target.restored()

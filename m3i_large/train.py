@@ -2,7 +2,9 @@
 
 import resource
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +20,10 @@ from m3i_large.models import LOG_SCALE_BOUNDS
 from m3i_large.objective import Objective
 from m3i_large.objective.signals import collapsed
 from m3i_large.parallel.comm import Rank, any_rank, barrier
-from m3i_large.parallel.engine import Engine, StepSizes, read_ds_config
+from m3i_large.parallel.ds_config import StepSizes, read_ds_config
+from m3i_large.parallel.engine import Engine
 from m3i_large.parallel.sharded_ema import ShardedEMA
+from m3i_large.parallel.state import Slice
 from m3i_large.pictures import write_input_picture
 from m3i_large.progress import Progress
 from m3i_large.recipe import Recipe
@@ -127,12 +131,8 @@ class Loop:
                 losses = engine(batch.to(self.rank.device, non_blocking=True), signals=step % recipe.signals_every == 0)
                 engine.backward(losses["loss"])
                 losses |= self.objective.gradient_signals(micro_steps=recipe.accumulation)
-                applied = engine.step()
+                applied = engine.step(after_update=partial(self._after_update, momentum=momentum))
                 totals.add(losses)
-            if applied:
-                self._clamp_temperature()
-                if self.target:
-                    self.target.update(momentum)
             self._count(applied, step, writer)
             row = totals.row(self.rank, self.mixture.source_names)
             row |= self._timing(began, waited) | {"optim/momentum_ema": momentum, "optim/grad_norm": engine.grad_norm}
@@ -185,9 +185,12 @@ class Loop:
         run, project = self.directory, self.recipe.train.wandb_project
         return MetricsWriter(run.directory, attempt=run.attempt, enabled=self.rank.is_first, wandb_project=project)
 
-    def _clamp_temperature(self) -> None:
-        if self.recipe.objective.has("text"):
+    def _after_update(self, masters: Mapping[str, Slice], *, momentum: float) -> None:
+        """What follows from new weights: the temperature's bounds, the target's average."""
+        if LOG_SCALE in masters:
             self.engine.clamp(LOG_SCALE, *LOG_SCALE_BOUNDS)
+        if self.target:
+            self.target.update(masters, momentum)
 
     def _count(self, applied: bool, step: int, writer: MetricsWriter) -> None:
         """Counts steps whose gradients were not finite; the weights and the average stay as they were."""

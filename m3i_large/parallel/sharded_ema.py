@@ -1,22 +1,28 @@
-"""The target encoder's average of the student, kept in fp32 on ZeRO-3 partitions: no gather, no communication.
+"""The target encoder's average of the student, kept in fp32 on the optimizer's partitions: no parameter is gathered.
 
 An average in bf16 stands still (at momentum 0.999 a step is below the rounding), so each rank keeps an fp32 shadow of
 its run of every target parameter, feeds it from the student's fp32 master weights after an applied optimizer step, and
-rounds it into the run that the target's forward pass gathers.
+rounds it into the weights that the target's forward pass sees. Under ZeRO-3 that needs no communication at all; under
+ZeRO-1 and 2, where every rank holds whole weights, one all-gather of the rounded ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from m3i_kernels.ema_update import ema_update
 from torch import Tensor, nn
 
-from m3i_large.parallel.engine import Engine, full_shape
-from m3i_large.parallel.state import MemoryState, Slice, State
+from m3i_large.parallel.ds_config import swap_folder
+from m3i_large.parallel.engine import Engine
+from m3i_large.parallel.partitions import full_shape
+from m3i_large.parallel.state import Layout, Slice
 
 
 class ShardedEMA:
     """Exponential moving averages of sub-modules in copies of them, all inside one engine's module.
+
+    The average is State (see state.py), keyed `ema/<name in the engine's module>`.
 
     Args:
         engine: the engine whose module holds them.
@@ -24,56 +30,101 @@ class ShardedEMA:
             other with the same shape; a copy must not require gradients.
 
     Raises:
-        ValueError: names, shapes or partitions of the two differ.
+        ValueError: names or shapes of the two differ.
     """
 
     def __init__(self, engine: Engine, copies: Mapping[str, str]) -> None:
         self._engine = engine
-        self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._source: dict[str, str] = {}
         self._buffers: dict[str, tuple[Tensor, Tensor]] = {}
+        parameters: dict[str, nn.Parameter] = {}
         for copy, name in copies.items():
             source, twin = engine.module.get_submodule(name), engine.module.get_submodule(copy)
-            parameters = _match(dict(source.named_parameters()), dict(twin.named_parameters()))
-            self._pairs |= {f"{copy}.{key}": pair for key, pair in parameters.items()}
+            for key, (_, parameter) in _match(dict(source.named_parameters()), dict(twin.named_parameters())).items():
+                self._source[f"{copy}.{key}"], parameters[f"{copy}.{key}"] = f"{name}.{key}", parameter
             buffers = _match(dict(source.named_buffers()), dict(twin.named_buffers()))
             self._buffers |= {f"{copy}.{key}": pair for key, pair in buffers.items()}
-        trained = [name for name, (_, parameter) in self._pairs.items() if parameter.requires_grad]
+        trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
         if trained:
             raise ValueError(f"target parameters must not require gradients, got {trained[:3]}")
-        self._shadow = {name: engine.master(p).values.clone() for name, (p, _) in self._pairs.items()}
-        self._write()
+        self._copy_of = {source: copy for copy, source in self._source.items()}
+        self._twins = engine.twins({name: (self._source[name], twin) for name, twin in parameters.items()})
+        self._shadow: dict[str, Tensor] = {}
+        self._start()
+
+    def update(self, masters: Mapping[str, Slice], momentum: float) -> None:
+        """target = momentum * target + (1 - momentum) * student, for those parameters that `masters` has.
+
+        Args:
+            masters: what `Engine.step` hands to `after_update`: so it is called for applied steps only.
+        """
+        names = [self._copy_of[source] for source in masters if source in self._copy_of]
+        shadow = [self._shadow[name] for name in names]
+        weights = [self._twins.weights(name) for name in names]
+        with torch.no_grad():
+            together = not names or shadow[0].device == weights[0].device
+            ema_update(
+                shadow,
+                [masters[self._source[name]].values for name in names],
+                momentum=momentum,
+                out=weights if together else None,
+            )
+            if not together:  # optimizer states on the CPU, weights on a GPU
+                for values, run in zip(shadow, weights, strict=True):
+                    run.copy_(values, non_blocking=True)
+            for buffer, copy in self._buffers.values():
+                copy.copy_(buffer)
+        self._twins.publish(names)
+
+    def layout(self) -> dict[str, Layout]:
+        """See State."""
+        return {f"ema/{name}": self._engine.piece(source).layout for name, source in self._source.items()}
+
+    def groups(self, *, write: bool = False) -> Iterator[Mapping[str, Slice]]:
+        """See State; one group. Every rank iterates with `write`."""
+        layout = self.layout()
+        yield {
+            f"ema/{name}": Slice(layout[f"ema/{name}"].shape, layout[f"ema/{name}"].offset, values)
+            for name, values in self._shadow.items()
+        }
+        if write:
+            self._write()
 
     @torch.no_grad()
-    def update(self, momentum: float) -> None:
-        """target = momentum * target + (1 - momentum) * student; call it after an applied optimizer step only."""
-        ema_update(
-            list(self._shadow.values()),
-            [self._engine.master(parameter).values for parameter, _ in self._pairs.values()],
-            momentum=momentum,
-            out=[self._engine.partition_of(twin).values for _, twin in self._pairs.values()],
-        )
-        for _, twin in self._pairs.values():
-            self._engine.release(twin)
-        for buffer, copy in self._buffers.values():
-            copy.copy_(buffer)
-
-    def state(self) -> State:
-        """Slices of the fp32 average, keyed `ema/<name in the engine's module>`."""
-        return MemoryState(
-            {
-                f"ema/{name}": Slice(full_shape(twin), self._engine.master(parameter).offset, self._shadow[name])
-                for name, (parameter, twin) in self._pairs.items()
-            }
-        )
-
-    def restored(self) -> None:
-        """Takes over values written into `state()`."""
+    def _start(self) -> None:
+        """Begins the average at the student's weights, sub-group by sub-group."""
+        partitions = self._engine.partitions
+        for index in range(partitions.num_groups):
+            with partitions.resident(index, write=False):
+                masters = partitions.masters(index)
+                found = {self._copy_of[s]: masters[s].values for s in masters if s in self._copy_of}
+                self._shadow |= self._storage(index, found)
+        self._shadow = {name: self._shadow[name] for name in self._source}
         self._write()
 
-    @torch.no_grad()
+    def _storage(self, index: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of `values`: in memory, or in a mapped file beside the optimizer's where that one is on NVMe."""
+        if not values or not self._engine.partitions.swapped(index):
+            return {name: value.clone() for name, value in values.items()}
+        folder = swap_folder(self._engine.ds_config) / "ema" / f"rank{self._engine.rank.rank}"
+        folder.mkdir(parents=True, exist_ok=True)
+        total = sum(value.numel() for value in values.values())
+        flat = torch.from_file(str(_fresh(folder / f"{index}.bin")), shared=True, size=total, dtype=torch.float32)
+        runs = flat.split([value.numel() for value in values.values()])
+        for run, value in zip(runs, values.values(), strict=True):
+            run.copy_(value)
+        return dict(zip(values, runs, strict=True))
+
     def _write(self) -> None:
-        for name, (_, twin) in self._pairs.items():
-            self._engine.write_partition(twin, self._shadow[name])
+        for name, values in self._shadow.items():
+            self._twins.weights(name).copy_(values)
+        self._twins.publish(self._shadow)
+
+
+def _fresh(path: Path) -> Path:
+    """A path at which no earlier run's file is left: it would be opened at its old size."""
+    path.unlink(missing_ok=True)
+    return path
 
 
 def _match(source: dict, twin: dict) -> dict:

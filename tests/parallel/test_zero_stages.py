@@ -1,0 +1,187 @@
+"""Every ZeRO stage, with and without offload, against plain torch; the average against its formula."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from test_engine import LR, MOMENTUM, STEPS, Pair, full, local_rows, plain_training
+
+from m3i_large import checkpoint
+from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
+from m3i_large.parallel.ds_config import StepSizes, read_ds_config
+from m3i_large.parallel.engine import Engine, build_param_groups, partition
+from m3i_large.parallel.sharded_ema import ShardedEMA
+from m3i_large.parallel.state import JoinedState
+
+CPU = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+# sub_group_size 60: several sub-groups of odd sizes.
+VARIANTS = {
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero3_persistent": {"stage": 3, "stage3_param_persistence_threshold": 100_000, "sub_group_size": 60},
+    "zero1_cpu": {"stage": 1, **CPU},
+    "zero2_cpu": {"stage": 2, **CPU},
+    "zero3_cpu": {"stage": 3, "sub_group_size": 60, **CPU},
+    "zero3_param_cpu": {"stage": 3, **CPU, "offload_param": {"device": "cpu", "pin_memory": False}},
+}
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce")
+
+
+def build(rank: Rank, directory: Path, name: str, *, bf16: bool) -> tuple[Engine, ShardedEMA]:
+    path = directory / f"{name}_{rank.rank}_of_{rank.world}.json"
+    path.write_text(json.dumps({"zero_optimization": VARIANTS[name]}))
+    sizes = StepSizes(micro_batch=12 // rank.world, accumulation=1, clip=1.0, bf16=bf16)
+    config = read_ds_config(path, sizes, world=rank.world)
+    module = Pair().to(torch.bfloat16 if bf16 else torch.float32)
+    partition(module, config)
+    trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    groups = build_param_groups(trained, weight_decay=0.1, decays=lambda name, shape: len(shape) > 1)
+    engine = Engine(module, optimizer=torch.optim.AdamW(groups, lr=LR), ds_config=config, rank=rank)
+    return engine, ShardedEMA(engine, {"target": "student"})
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Counts calls of torch.distributed's collectives, by name."""
+    calls: dict[str, int] = {}
+    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def counting(name: str):
+        def call(*args, **kwargs):
+            calls[name] = calls.get(name, 0) + 1
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, counting(name))
+    try:
+        yield calls
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)
+
+
+def seen_by(engine: Engine, rank: Rank, dtype: torch.dtype) -> torch.Tensor:
+    """What the target's forward pass computes, from every rank's weights as they are there."""
+    return ProcessGroupCollectives(rank).all_gather(engine(local_rows(rank, 99).to(dtype))["seen"].float())
+
+
+def train_variant(rank: Rank, directory: Path, name: str, bf16: bool) -> dict:
+    engine, target = build(rank, directory, name, bf16=bf16)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    average = full(rank, target)
+    collectives, losses, sent = ProcessGroupCollectives(rank), [], {}
+
+    def update(masters) -> None:
+        with counted() as calls:
+            target.update(masters, MOMENTUM)
+        sent.update(calls)
+
+    for step in range(STEPS):
+        engine.set_lr(LR)
+        loss = engine(local_rows(rank, step).to(dtype))["loss"]
+        engine.backward(loss)
+        assert engine.step(after_update=update)
+        losses.append((collectives.all_reduce_sum(loss.float()) / rank.world).item())
+        masters = full(rank, engine.state())
+        for key in average:
+            source = masters["master/student." + key.removeprefix("ema/target.")]
+            average[key] = MOMENTUM * average[key] + (1 - MOMENTUM) * source
+    state = JoinedState([engine.state(), target])
+    manifest = {"applied_steps": engine.applied_steps}
+    checkpoint.save(directory / f"{name}_{bf16}", step=STEPS, state=state, manifest=manifest, rank=rank, keep=1)
+    weights = Pair().to(dtype)
+    weights.target.load_state_dict({k.removeprefix("ema/target."): v for k, v in average.items()})
+    with torch.no_grad():
+        longhand = torch.cat([weights.target(part.to(dtype)).float() for part in rows_of(rank)])
+    return {
+        "losses": losses,
+        "tensors": full(rank, state),
+        "average": average,
+        "seen": seen_by(engine, rank, dtype),
+        "longhand": longhand,
+        "sent": sent,
+        "steps": engine.applied_steps,
+    }
+
+
+def rows_of(rank: Rank) -> list[torch.Tensor]:
+    whole = torch.randn(12, 7, generator=torch.Generator().manual_seed(99))
+    return list(whole.chunk(rank.world))
+
+
+def train_all(rank: Rank, directory: Path) -> dict:
+    found = {(name, False): train_variant(rank, directory, name, False) for name in VARIANTS}
+    return found | {(name, True): train_variant(rank, directory, name, True) for name in VARIANTS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_stage_equals_plain_torch_and_the_average_its_formula(tmp_path: Path, world: int) -> None:
+    expected = plain_training()
+    results = run_ranks(world, train_all, tmp_path)
+    for (name, bf16), result in results[0].items():
+        where = f"{name} bf16={bf16}"
+        assert result["steps"] == STEPS, where
+        for key, average in result["average"].items():
+            # The formula in fp32, from the gathered master weights of every step.
+            torch.testing.assert_close(result["tensors"][key], average, rtol=1e-6, atol=1e-7, msg=f"{where} {key}")
+        # On every rank the forward pass sees the rounded average.
+        for other in results:
+            torch.testing.assert_close(other[name, bf16]["seen"], result["longhand"], rtol=2e-2, atol=2e-2, msg=where)
+        groups = 2
+        gathers = {"all_gather_into_tensor": groups} if VARIANTS[name]["stage"] < 3 and world > 1 else {}
+        assert result["sent"] == gathers, where
+        if bf16:
+            torch.testing.assert_close(result["losses"], expected["losses"], rtol=3e-2, atol=1e-2, msg=where)
+            continue
+        torch.testing.assert_close(result["losses"], expected["losses"], rtol=1e-4, atol=1e-6, msg=where)
+        for parameter, value in expected["module"].named_parameters():
+            if value.requires_grad:
+                mine = result["tensors"][f"master/{parameter}"]
+                torch.testing.assert_close(mine, value.detach(), rtol=1e-3, atol=1e-5, msg=f"{where} {parameter}")
+
+
+def cross(rank: Rank, directory: Path, saved: Path) -> dict:
+    """Every variant takes over every variant's checkpoint."""
+    found = {}
+    for name in VARIANTS:
+        engine, target = build(rank, directory, name, bf16=False)
+        for source in VARIANTS:
+            point = checkpoint.Checkpoint(saved / f"{source}_False" / f"step_{STEPS:08d}")
+            state = JoinedState([engine.state(), target])
+            point.restore(state)
+            engine.restored(applied_steps=point.manifest["applied_steps"])
+            tensors = full(rank, state)
+            seen = seen_by(engine, rank, torch.float32)
+            found[source, name] = {"tensors": tensors, "seen": seen, "steps": engine.applied_steps}
+        loss = engine(local_rows(rank, STEPS))["loss"]
+        engine.backward(loss)
+        engine.step(after_update=lambda masters, target=target: target.update(masters, MOMENTUM))
+        found["next", name] = {"tensors": full(rank, JoinedState([engine.state(), target]))}
+    return found
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_any_stage_continues_under_any_other_at_another_world_size(tmp_path: Path) -> None:
+    trained = run_ranks(2, train_all, tmp_path)[0]
+    for world in (1, 3):
+        results = run_ranks(world, cross, tmp_path, tmp_path)[0]
+        for source in VARIANTS:
+            for name in VARIANTS:
+                result = results[source, name]
+                assert result["steps"] == STEPS
+                for key, value in trained[source, False]["tensors"].items():
+                    assert torch.equal(result["tensors"][key], value), (source, name, key)
+                torch.testing.assert_close(result["seen"], trained[source, False]["seen"], rtol=1e-4, atol=1e-5)
+        reference = results["next", "zero3"]["tensors"]
+        for name in VARIANTS:
+            for key, value in results["next", name]["tensors"].items():
+                torch.testing.assert_close(value, reference[key], rtol=1e-3, atol=1e-5, msg=f"{name} {key}")
