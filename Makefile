@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo study test lint bench soak gpu-check clean
+SYSTEM := g++ libaio-dev
+
+.PHONY: demo study test test-system lint bench soak gpu-check clean
 
 $(STAMP): setup.py requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,7 +21,13 @@ demo: $(STAMP)
 
 ## The tests of the README; under 15 minutes on two cores, no compiler, no GPU. One thread in each of the two workers.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/system tests
+
+## Tests that need more than Python packages: a C++ compiler and libaio's headers (offload to NVMe). As root it installs
+## them by apt; otherwise it skips, by name, what cannot run.
+test-system: $(STAMP)
+	@test "$$(id -u)" != 0 || dpkg -s $(SYSTEM) >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq $(SYSTEM); }
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/system
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -37,7 +37,8 @@ def build_objective(
     copies = needs.encoder in ("ema", "frozen")
     torch.manual_seed(recipe.train.seed)
     arch = recipe.backbone.arch | ({"mask_token": True} if needs.input.fill == "token" else {})
-    student: Any = create_model(recipe.backbone.name, bridge=True, **arch)
+    # Cast at once: a billion parameters in fp32 and their copies in it would be the peak of a run's memory.
+    student: Any = create_model(recipe.backbone.name, bridge=True, **arch).to(dtype)
     if student.image_size != recipe.data.image_size:
         raise UserError(
             f"data.image_size: got {recipe.data.image_size}; needed: backbone.arch.image_size {student.image_size}"

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from m3i_large.parallel.comm import Rank, gather_objects
+from m3i_large.parallel.state import State
+
 
 def free_port() -> int:
     with socket.socket() as sock:
@@ -42,3 +45,17 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
     with tempfile.TemporaryDirectory() as results:
         mp.spawn(_main, args=(world, free_port(), function, arguments, results), nprocs=world)
         return [torch.load(Path(results) / f"{i}.pt", weights_only=False) for i in range(world)]
+
+
+def full(rank: Rank, state: State) -> dict[str, torch.Tensor]:
+    """Whole tensors from every rank's slices."""
+    mine = {k: (s.shape, s.offset, s.values.clone()) for group in state.groups() for k, s in group.items()}
+    parts = gather_objects(mine, rank)
+    whole = {}
+    for key, (shape, _, _) in parts[0].items():
+        flat = torch.full((int(torch.tensor(shape).prod()),), float("nan"))
+        for part in parts:
+            _, offset, values = part[key]
+            flat[offset : offset + len(values)] = values
+        whole[key] = flat.reshape(shape)
+    return whole

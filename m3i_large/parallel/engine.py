@@ -20,16 +20,15 @@ AfterUpdate = Callable[[Mapping[str, Slice]], None]
 
 
 def partition(module: nn.Module, ds_config: dict[str, Any]) -> None:
-    """Partitions every direct child of `module` over the ranks (ZeRO-3), one child after the other; else nothing.
+    """Partitions the parameters of `module` over the ranks, one after the other (ZeRO-3); else nothing.
 
-    Children are built and initialised whole before this call: initialisers that run inside `zero.Init` would see
-    empty parameters. The transient cost is one whole child per rank.
+    The module is built and initialised whole before this call: initialisers that run inside `zero.Init` would see
+    empty parameters.
     """
     import deepspeed
 
     if stage_of(ds_config) == 3:
-        for child in module.children():
-            deepspeed.zero.Init(module=child, config_dict_or_path=ds_config)
+        deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
 
 
 def gather_whole(blocks: Iterable[nn.Module]) -> None:

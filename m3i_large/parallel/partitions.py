@@ -165,10 +165,11 @@ class Zero3(Partitions):
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
         for parameter in parameters:
-            if getattr(parameter, "ds_secondary_tensor", None) is not None:
-                parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
             if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
                 parameter.partition()  # type: ignore[attr-defined]
+            # Last, as partitioning fills hpZ's second copy from the weights that were gathered before.
+            if getattr(parameter, "ds_secondary_tensor", None) is not None:
+                parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
 
     def twins(self, pairs: Mapping[str, tuple[Piece, nn.Parameter]]) -> "Twins":
         """See Partitions."""

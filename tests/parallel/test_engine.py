@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import full, run_ranks
 from torch import nn
 
 from m3i_large import checkpoint
-from m3i_large.parallel.comm import ProcessGroupCollectives, Rank, gather_objects
+from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
 from m3i_large.parallel.ds_config import StepSizes, read_ds_config
 from m3i_large.parallel.engine import Engine, build_param_groups, gather_whole, partition
 from m3i_large.parallel.remat import rematerialize
 from m3i_large.parallel.sharded_ema import ShardedEMA
-from m3i_large.parallel.state import JoinedState, State
+from m3i_large.parallel.state import JoinedState
 
 MOMENTUM, LR, STEPS = 0.9, 0.05, 4
 
@@ -78,20 +78,6 @@ def build(rank: Rank, path: Path, *, remat: bool = False) -> tuple[Engine, Shard
     groups = build_param_groups(trained, weight_decay=0.1, decays=lambda name, shape: len(shape) > 1)
     engine = Engine(module, optimizer=torch.optim.AdamW(groups, lr=LR), ds_config=config, rank=rank)
     return engine, ShardedEMA(engine, {"target": "student"})
-
-
-def full(rank: Rank, state: State) -> dict[str, torch.Tensor]:
-    """Whole tensors from every rank's slices."""
-    mine = {k: (s.shape, s.offset, s.values.clone()) for group in state.groups() for k, s in group.items()}
-    parts = gather_objects(mine, rank)
-    whole = {}
-    for key, (shape, _, _) in parts[0].items():
-        flat = torch.full((int(torch.tensor(shape).prod()),), float("nan"))
-        for part in parts:
-            _, offset, values = part[key]
-            flat[offset : offset + len(values)] = values
-        whole[key] = flat.reshape(shape)
-    return whole
 
 
 def local_rows(rank: Rank, step: int) -> torch.Tensor:
