@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from m3i_large import checkpoint
-from m3i_large.build import build_objective, transformer_blocks, use_plain_attention
+from m3i_large.build import blocks_entered_once, build_objective, transformer_blocks, use_plain_attention
 from m3i_large.evaluate.load import load_frozen
 from m3i_large.optim import decays
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
@@ -30,7 +30,7 @@ def build_engine(recipe: Recipe, ds_config: dict[str, Any], rank: Rank) -> tuple
     if recipe.train.activation_checkpointing:
         rematerialize(transformer_blocks(objective, frozen=False))
     for frozen in (False, True):
-        gather_whole(transformer_blocks(objective, frozen=frozen))
+        gather_whole(blocks_entered_once(objective, frozen=frozen))
     partition(objective.to(rank.device), ds_config)
     trained = ((n, p) for n, p in objective.named_parameters() if p.requires_grad)
     groups = build_param_groups(trained, weight_decay=recipe.optim.weight_decay, decays=decays)

@@ -91,6 +91,12 @@ def transformer_blocks(objective: Objective, *, frozen: bool) -> Iterator[nn.Mod
             yield from tower.blocks
 
 
+def blocks_entered_once(objective: Objective, *, frozen: bool) -> Iterator[nn.Module]:
+    """Those of `transformer_blocks` that a forward pass enters at most once."""
+    twice = set(objective.decoder.blocks) if objective.decoder is not None and objective.decoder_calls > 1 else set()
+    return (block for block in transformer_blocks(objective, frozen=frozen) if block not in twice)
+
+
 def use_plain_attention(objective: Objective) -> None:
     """Switches image and text blocks to attention by matrix products.
 

@@ -92,6 +92,12 @@ class Objective(nn.Module):
         self._gradients: GradientNorms | None = None
         self.num_visible = round(config.input.ratio * cells) * (patch // stride) ** 2
 
+    @property
+    def decoder_calls(self) -> int:
+        """How often a forward pass runs the decoder: once where the readings of all dense terms have one shape."""
+        views = {view_of(term) for term in self.config.terms if term.dense}
+        return len(views) if len(views) < 2 or 2 * self.num_visible != self.grid**2 else 1
+
     def forward(self, batch: Batch, *, signals: bool = False) -> dict[str, Tensor]:
         """Losses of one micro-batch, keyed as in metrics.jsonl.
 

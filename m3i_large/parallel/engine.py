@@ -34,9 +34,10 @@ def partition(module: nn.Module, ds_config: dict[str, Any]) -> None:
 def gather_whole(blocks: Iterable[nn.Module]) -> None:
     """Makes ZeRO-3 gather all parameters of a block at once when it is entered, instead of one layer after the other.
 
-    Fewer and larger gathers, and no hooks inside. The input of a block that is trained must require a gradient:
-    otherwise its backward pass finds the parameters already released. Call it before the engine is built. Without
-    ZeRO-3 it has no effect.
+    Fewer and larger gathers, and no hooks inside. Two conditions on blocks that are trained: the input must require a
+    gradient, otherwise the backward pass finds the parameters already released; and a forward pass enters them once,
+    as DeepSpeed reduces their gradients after each entry, counting the first ones twice (docs/deepspeed_defects.md).
+    Call it before the engine is built. Without ZeRO-3 it has no effect.
     """
     from deepspeed.utils import set_z3_leaf_module
 
