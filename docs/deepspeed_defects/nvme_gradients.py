@@ -1,16 +1,17 @@
-"""NVMe optimizer offload applies wrong gradients to a model with odd-sized tensors (DeepSpeed 0.19.8, ZeRO-3, CPU, gloo).
+"""NVMe optimizer offload applies wrong gradients to a model with odd-sized tensors (ZeRO-3, CPU, gloo).
 
-One optimizer step of a small MLP from the same weights on the same data, with the optimizer state in memory and on disk; both
-must give the same weights. Needs libaio's headers, a C++ compiler and ninja (DeepSpeed compiles async_io and cpu_adam on
-first use), and a folder on a file system with O_DIRECT whose memory alignment is coarser than 4 bytes.
+One optimizer step of a small MLP from the same weights on the same data, with the optimizer state in memory and on disk;
+both must give the same weights. Needs libaio's headers, a C++ compiler and ninja (DeepSpeed compiles async_io and
+cpu_adam on first use), and a folder where O_DIRECT wants memory aligned to more than 4 bytes.
 
-    python nvme_gradients.py [--ranks 1|2] [--folder DIR]
+    python nvme_gradients.py [--ranks 1|2] [--widths 90,8192,...] [--folder DIR]
 
-Exits 1 while the defect is present, 0 when every case agrees with offload to memory.
+Exits 1 while the defect is present, 0 when the stock optimizer swapper agrees with offload to memory.
 """
 
 import argparse
 import errno
+import itertools
 import mmap
 import os
 import shutil
@@ -60,7 +61,7 @@ def config(device: str, folder: str, block_size: int) -> dict:
     }  # fmt: skip
 
 
-def step(rank: int, ranks: int, folder: str, device: str, block_size: int, repaired: bool) -> None:
+def step(rank: int, widths: tuple, ranks: int, folder: str, device: str, block_size: int, repaired: bool) -> None:
     """One step on one rank; leaves the fp32 shards, their offsets and what was on disk in `folder`/result_<rank>.pt."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks))
     torch.set_num_threads(1)
@@ -69,13 +70,13 @@ def step(rank: int, ranks: int, folder: str, device: str, block_size: int, repai
     if repaired:
         keep_unaligned_in_memory()
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(a, b) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)]
+    layers = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
     model = torch.nn.Sequential(*layers)
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=config(device, folder, block_size)
     )
     torch.manual_seed(1 + rank)
-    loss = engine(torch.randn(4, WIDTHS[0])).square().mean()
+    loss = engine(torch.randn(4, widths[0])).square().mean()
     engine.backward(loss)
     positions = {
         name: engine.optimizer.grad_position[engine.optimizer.get_param_id(p)] for name, p in model.named_parameters()
@@ -85,15 +86,18 @@ def step(rank: int, ranks: int, folder: str, device: str, block_size: int, repai
     if device == "nvme":
         for info in engine.optimizer.optimizer_swapper.swap_params_info.values():
             swapped += [(info.param_id, offset) for offset in info.swapped_gradients]
-    weights = {name: safe_get_local_fp32_param(p).detach().clone() for name, p in model.named_parameters()}
+    weights = {}
+    for name, p in model.named_parameters():  # the last rank's shard ends in padding, which holds anything
+        shard = safe_get_local_fp32_param(p).detach()
+        weights[name] = shard[: max(0, p.ds_numel - rank * shard.numel())].clone()
     torch.save((weights, positions, len(swapped), float(loss.detach())), f"{folder}/result_{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def run(root: str, ranks: int, device: str, block_size: int = MIB, repaired: bool = False) -> list:
+def run(root: str, widths: tuple, ranks: int, device: str, block_size: int = MIB, repaired: bool = False) -> list:
     folder = tempfile.mkdtemp(dir=root)
-    torch.multiprocessing.spawn(step, args=(ranks, folder, device, block_size, repaired), nprocs=ranks)
+    torch.multiprocessing.spawn(step, args=(widths, ranks, folder, device, block_size, repaired), nprocs=ranks)
     results = [torch.load(f"{folder}/result_{rank}.pt") for rank in range(ranks)]
     shutil.rmtree(folder)
     return results
@@ -111,8 +115,8 @@ def compare(title: str, expected: list, got: list) -> bool:
                 wrong += 1
                 aligned_wrong += offset * 4 % 512 == 0
                 error = (tensor - have[name]).abs().max().item()
-                print(f"    rank {rank} {name}: {numel} elements at byte {offset * 4} (mod 512 = {offset * 4 % 512}) of "
-                      f"sub-group {group}: {differ} differ, by up to {error:.1e}")  # fmt: skip
+                place = f"byte {offset * 4} (mod 512 = {offset * 4 % 512}) of sub-group {group}"
+                print(f"    rank {rank} {name}: {numel} elements at {place}: {differ} differ, by up to {error:.1e}")
         print(f"    rank {rank}: {swapped} gradients went to disk")
     print(f"{title}: expected 0 of {total} tensors to differ, got {wrong} (at aligned places: {aligned_wrong})")
     return wrong == 0
@@ -139,19 +143,22 @@ def memory_alignment(root: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--widths", type=lambda text: tuple(map(int, text.split(","))), default=WIDTHS)
     parser.add_argument("--folder", default=None, help="where the optimizer state goes (default: a temporary folder)")
     arguments = parser.parse_args()
     root = tempfile.mkdtemp(dir=arguments.folder)
-    ranks = arguments.ranks
-    shards = [-(-n // ranks) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False) for n in (a * b, b)]
+    ranks, widths = arguments.ranks, arguments.widths
+    shards = [-(-n // ranks) for a, b in itertools.pairwise(widths) for n in (a * b, b)]
     above = -(-max(shards) * 4 // MIB) * MIB + MIB
     print(f"deepspeed {deepspeed.__version__}, torch {torch.__version__}, kernel {os.uname().release}, {ranks} rank(s)")
     print(f"O_DIRECT reads need memory aligned to {memory_alignment(root)} bytes in {root}")
-    print(f"largest gradient shard {max(shards) * 4 / MIB:.2f} MiB, sub-groups of at least {SUB_GROUP * 4 / MIB:.2f} MiB")
-    expected = run(root, ranks, "cpu")
-    stock = compare("nvme, block_size 1 MiB", expected, run(root, ranks, "nvme"))
-    compare(f"nvme, block_size {above // MIB} MiB", expected, run(root, ranks, "nvme", above))
-    compare("nvme, block_size 1 MiB, repaired", expected, run(root, ranks, "nvme", repaired=True))
+    print(
+        f"largest gradient shard {max(shards) * 4 / MIB:.2f} MiB, sub-groups of at least {SUB_GROUP * 4 / MIB:.2f} MiB"
+    )
+    expected = run(root, widths, ranks, "cpu")
+    stock = compare("nvme, block_size 1 MiB", expected, run(root, widths, ranks, "nvme"))
+    compare(f"nvme, block_size {above // MIB} MiB", expected, run(root, widths, ranks, "nvme", above))
+    compare("nvme, block_size 1 MiB, repaired", expected, run(root, widths, ranks, "nvme", repaired=True))
     shutil.rmtree(root)
     print("the defect is absent" if stock else "the defect is PRESENT")
     return 0 if stock else 1
