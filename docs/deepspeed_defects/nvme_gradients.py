@@ -1,7 +1,7 @@
 """NVMe optimizer offload applies wrong gradients to a model with odd-sized tensors (ZeRO-3, CPU, gloo).
 
-One optimizer step of a small MLP from the same weights on the same data, with the optimizer state in memory and on disk;
-both must give the same weights. Needs libaio's headers, a C++ compiler and ninja (DeepSpeed compiles async_io and
+One optimizer step of a small MLP from the same weights on the same data, with the optimizer state in memory and on
+disk; both must give the same weights. Needs libaio's headers, a C++ compiler and ninja (DeepSpeed compiles async_io and
 cpu_adam on first use), and a folder where O_DIRECT wants memory aligned to more than 4 bytes.
 
     python nvme_gradients.py [--ranks 1|2] [--widths 90,8192,...] [--folder DIR]

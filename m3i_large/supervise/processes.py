@@ -1,7 +1,7 @@
 """Everything that one start of the command left running on this machine: launcher, ranks, loaders, orphans.
 
 The launchers do not keep them together: DeepSpeed's leaves orphans when it is killed, torchrun gives each rank a
-session of its own. All of them inherit the environment, so a variable that names the run finds each one (Linux's /proc).
+session of its own. All of them inherit the environment, so a variable that names the run finds each (Linux's /proc).
 """
 
 import os
