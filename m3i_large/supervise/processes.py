@@ -11,8 +11,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from m3i_large.errors import OutageError
+
 MARK = "M3I_SUPERVISED_RUN"
 PROC = Path("/proc")
+KILL_S = 60.0  # a rank with much pinned memory takes seconds to be taken apart
 
 
 def marked(run: Path) -> dict[int, bool]:
@@ -59,12 +62,18 @@ class Family:
             _send(pid, signal.SIGTERM)
 
     def end(self, *, patience_s: float) -> list[int]:
-        """Waits up to `patience_s` for what still runs, then kills it until nothing is left; returns whom it killed."""
+        """Waits up to `patience_s` for what still runs, then kills it until nothing is left.
+
+        Returns whom it killed. Raises OutageError where a process does not end even so: it waits for a driver or a
+        disk that is gone, and another start beside it would be two trainings in one directory.
+        """
         until = time.monotonic() + patience_s
         while (left := self.alive()) and time.monotonic() < until:
             time.sleep(0.1)
-        killed = left
+        killed, until = left, time.monotonic() + KILL_S
         while left:
+            if time.monotonic() > until:
+                raise OutageError(f"processes {', '.join(map(str, left))} do not end {KILL_S:g} s after SIGKILL")
             for pid in left:
                 _send(pid, signal.SIGKILL)
             time.sleep(0.1)

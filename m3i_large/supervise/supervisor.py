@@ -78,6 +78,9 @@ def supervise(
     previous = {number: signal.signal(number, supervisor.take_signal) for number in FORWARDED}
     try:
         return supervisor.run_to_the_end()
+    except OutageError as error:
+        supervisor.log("gave up", reason=str(error))
+        return 1
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -116,20 +119,20 @@ class Supervisor:
             failures = 1 if now.beyond(self._reached) else failures + 1
             self._reached = self._reached.furthest(now)
             if end.outcome == "finished":
-                self._log("finished", reason=end.reason)
+                self.log("finished", reason=end.reason)
                 return 0
             if end.outcome == "interrupted":
-                self._log("interrupted", reason=end.reason)
+                self.log("interrupted", reason=end.reason)
                 return REQUEUE
             if end.outcome == "mistake":
-                self._log("gave up", reason=end.reason)
+                self.log("gave up", reason=end.reason)
                 return 2
             if failures >= self._policy.failures:
                 times = f"{failures} failures in a row {_place(self._reached)}"
-                self._log("gave up", reason=f"{times}; the last: {end.reason}")
+                self.log("gave up", reason=f"{times}; the last: {end.reason}")
                 return 1
             delay = self._policy.delay(failures, luck=random.random())
-            self._log("restart", reason=end.reason, delay_s=round(delay, 3))
+            self.log("restart", reason=end.reason, delay_s=round(delay, 3))
             self._sleep(delay)
 
     def _start_and_watch(self) -> End:
@@ -152,7 +155,7 @@ class Supervisor:
             words = self._command.on(self._world, devices=found.devices, hostfile=hostfile)
             env = self._command.environment(self._world, devices=found.devices)
             self._starts += 1
-            self._log("start", available=found.count, command=words)
+            self.log("start", available=found.count, command=words)
             exit_file = ExitFile(self._run)
             try:
                 family = Family(words, run=self._run, env=env)
@@ -169,7 +172,7 @@ class Supervisor:
             time.sleep(policy.poll_s)
             if self._signal and asked_at is None:
                 asked_at = time.monotonic()
-                self._log("signal", reason=self._signal)
+                self.log("signal", reason=self._signal)
                 family.ask_to_stop()
             if asked_at is not None and time.monotonic() - asked_at > policy.grace_s:
                 killed = f"still running {policy.grace_s:g} s after {self._signal}"
@@ -178,7 +181,7 @@ class Supervisor:
         left = policy.grace_s - (time.monotonic() - asked_at) if asked_at is not None else policy.orphans_s
         orphans = family.end(patience_s=0.0 if killed else max(0.0, left))
         if orphans:
-            self._log("kill", reason=killed or "outlived the launcher", processes=orphans)
+            self.log("kill", reason=killed or "outlived the launcher", processes=orphans)
         return killed
 
     def _judge(self, family: Family, exit_file: ExitFile, *, stopped: str) -> End:
@@ -202,7 +205,8 @@ class Supervisor:
         while not self._signal and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, self._policy.poll_s))
 
-    def _log(self, event: str, **details: Any) -> None:
+    def log(self, event: str, **details: Any) -> None:
+        """Says what was done, and writes it into the run directory."""
         row = {"time": time.time(), "event": event, "start": self._starts, "world": self._world}
         row |= {"step": self._reached.step, "saved": self._reached.saved, **details}
         # A new run's directory is the training's to make: it refuses one that already holds files.

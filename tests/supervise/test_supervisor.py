@@ -14,7 +14,7 @@ import pytest
 
 from m3i_large.errors import REQUEUE, OutageError, UserError
 from m3i_large.metrics import append_row, read_rows
-from m3i_large.supervise import Policy, supervise
+from m3i_large.supervise import Policy, processes, supervise
 from m3i_large.supervise.available import Available
 from m3i_large.supervise.command import Command
 from m3i_large.supervise.processes import MARK, marked
@@ -295,6 +295,18 @@ def test_refuses_a_run_that_still_has_processes(bench: Bench, monkeypatch: pytes
             bench.supervise([FINISH])
         left.kill()
     assert not (bench.folder / "worlds").exists()
+
+
+def test_a_process_that_cannot_be_killed_ends_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "KILL_S", 0.5)
+    monkeypatch.setattr(processes, "_send", lambda pid, number: None)
+    policy = Policy(**{**vars(POLICY), "timeout_s": 1.0})
+    assert bench.supervise([{"steps": [0], "then": "hang"}, FINISH], policy=policy) == 1
+    assert "do not end 0.5 s after SIGKILL" in bench.log("gave up")[0]["reason"] and bench.worlds == [2]
+    for pid in marked(bench.run):
+        os.kill(pid, signal.SIGKILL)
+    while marked(bench.run):
+        time.sleep(0.02)
 
 
 def test_the_back_off_doubles_up_to_its_cap() -> None:
