@@ -42,8 +42,8 @@ def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
         return 2 if isinstance(error, UserError) else 1
 
 
-def pretrain(arguments: list[str]) -> int:
-    """Entry of launchers/pretrain.py; returns the exit status."""
+def pretrain_options(arguments: list[str]) -> argparse.Namespace:
+    """The options of launchers/pretrain.py."""
     parser = argparse.ArgumentParser(prog="pretrain.py", description="Pre-train one recipe under DeepSpeed ZeRO-3.")
     parser.add_argument("--ds", type=Path, required=True, help="DeepSpeed JSON file: sharding and offload only")
     parser.add_argument("--recipe", default="demo", help="name of a shipped recipe or a YAML file (default: demo)")
@@ -54,7 +54,12 @@ def pretrain(arguments: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="recipe fields to change, or scale=demo")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def pretrain(arguments: list[str]) -> int:
+    """Entry of launchers/pretrain.py; returns the exit status."""
+    options = pretrain_options(arguments)
 
     def run() -> int:
         from m3i_large.recipe import load_recipe
@@ -130,6 +135,34 @@ def evaluate_command(
                 f"{value / chance:.1f}",
             )
     Console().print(table)
+
+
+@app.command("supervise")
+def supervise_command(
+    command: Annotated[list[str], typer.Argument(help="-- deepspeed [options] launchers/pretrain.py --ds FILE ...")],
+    failures: Annotated[int, typer.Option(help="Failures in a row at the same step that end it.", min=1)] = 3,
+    delay: Annotated[float, typer.Option(help="Seconds before the first restart; doubles up to 300.", min=0)] = 5.0,
+    grace: Annotated[float, typer.Option(help="Seconds from a stop signal to the kill.", min=0)] = 120.0,
+    timeout: Annotated[float, typer.Option(help="Seconds without a new row after which a run hangs.", min=1)] = 1800.0,
+    ranks_command: Annotated[str | None, typer.Option(help="Shell command that prints how many ranks can run.")] = None,
+) -> int:
+    """Restarts a training after a crash or a hang, on the ranks that are left, with the same batches."""
+    from m3i_large.recipe import load_recipe
+    from m3i_large.supervise import Policy, supervise
+    from m3i_large.supervise.available import available_ranks, valid_world_sizes
+    from m3i_large.supervise.command import Command
+
+    parsed = Command.parse(command)
+    options = pretrain_options(list(parsed.arguments))
+    recipe = load_recipe(options.recipe, options.overrides)
+    return supervise(
+        parsed,
+        run=options.out or Path("runs") / recipe.name,
+        worlds=valid_world_sizes(recipe),
+        available=lambda: available_ranks(parsed, ranks_command=ranks_command),
+        policy=Policy(failures=failures, delay_s=delay, grace_s=grace, timeout_s=timeout),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
 
 
 @app.command("report")
@@ -209,8 +242,10 @@ def bench_step_command(
 
 def main() -> None:
     """Entry of the `m3i` command."""
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    # What follows `--` is another command's.
+    own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    debug = "--debug" in own
+    arguments = [argument for argument in own if argument != "--debug"] + sys.argv[1 + len(own) :]
 
     def run() -> int:
         # standalone_mode=False hands exceptions over instead of printing them.

@@ -13,3 +13,7 @@ class OutageError(Exception):
 
     Never a ValueError: an outage must not be taken for a bad sample and papered over with a substitute.
     """
+
+
+# Exit status of a run that was asked to stop and can go on: EX_TEMPFAIL, which schedulers are told to requeue.
+REQUEUE = 75
