@@ -43,12 +43,11 @@ def collectives(walk: Walk, table: Table, zero: Zero, *, world: int, accumulatio
     width, trained = table.element, [table.size[name] for name in walk.gradients]
     rows = []
     if zero.stage == 3:
-        gathers = play_gathers(walk.visits, table, zero, world=world)
-        rows.append(
-            Traffic("weights", "all_gather", accumulation * len(gathers.sizes), accumulation * width * sum(gathers.sizes))
-        )
+        first, later = (play_gathers(walk.visits, table, zero, world=world, updated=now) for now in (True, False))
+        sizes = first.sizes + (accumulation - 1) * later.sizes
+        rows.append(Traffic("weights", "all_gather", len(sizes), width * sum(sizes)))
         small = [_padded(n, world) for n in table.size.values() if n <= zero.persistence]
-        rows.append(Traffic("small weights after the step", "all_gather", len(small), width * sum(small)))
+        rows.append(Traffic("small weights, after", "all_gather", len(small), width * sum(small)))
         calls = _buckets(trained, zero.reduce_bucket)
         bytes_ = width * sum(_padded(n, world) for n in trained)
         rows.append(Traffic("gradients", "reduce_scatter", accumulation * calls, accumulation * bytes_))
@@ -59,9 +58,9 @@ def collectives(walk: Walk, table: Table, zero: Zero, *, world: int, accumulatio
         rows.append(Traffic("gradients", "all_reduce", times * calls, times * width * sum(trained)))
         if zero.stage:
             calls = math.ceil(sum(trained) / zero.allgather_bucket)
-            rows.append(Traffic("weights after the step", "all_gather", calls, width * sum(trained)))
+            rows.append(Traffic("weights, after", "all_gather", calls, width * sum(trained)))
     for op, bytes_ in walk.exchanged.items():
-        rows.append(Traffic("features and counts of the objective", op, 0, accumulation * bytes_))
+        rows.append(Traffic("objective", op, 0, accumulation * bytes_))
     return rows
 
 
@@ -79,23 +78,27 @@ def _buckets(sizes: Sequence[int], limit: int) -> int:
     return calls + bool(filled)
 
 
-def play_gathers(visits: Sequence[Visit], table: Table, zero: Zero, *, world: int) -> Gathers:
+def play_gathers(
+    visits: Sequence[Visit], table: Table, zero: Zero, *, world: int, updated: bool = True
+) -> Gathers:
     """The gathers of one micro-step under ZeRO-3.
 
-    Parameters up to the persistence threshold are on every rank already, but for those of averaged targets, which are
-    gathered anew after each update.
+    Parameters up to the persistence threshold are on every rank already, but for those of averaged targets in the
+    first micro-step behind an update (`updated`), which are gathered anew.
     """
-    return _Coordinator(visits, table, zero, world).play()
+    return _Coordinator(visits, table, zero, world, stale=table.averaged if updated else frozenset()).play()
 
 
 class _Coordinator:
     """State of the parameter coordinator; method by method what DeepSpeed's does."""
 
-    def __init__(self, visits: Sequence[Visit], table: Table, zero: Zero, world: int) -> None:
+    def __init__(
+        self, visits: Sequence[Visit], table: Table, zero: Zero, world: int, *, stale: frozenset[str]
+    ) -> None:
         self.visits, self.size, self.zero, self.world = visits, table.size, zero, world
         self.persistent = {name for name, size in table.size.items() if size <= zero.persistence}
         self.order = [v for v in visits if v.fetch]
-        self.available = {name for name in self.persistent if name not in table.averaged}
+        self.available = set(self.persistent - stale)
         self.active: dict[str, set[int]] = defaultdict(set)
         self.last: dict[str, int] = defaultdict(lambda: -1)  # the step for which a parameter was last fetched
         self.queue = deque((name, step) for step, v in enumerate(self.order) for name in sorted_(v, table))
@@ -146,7 +149,7 @@ class _Coordinator:
         self._gather(chosen)
 
     def _release(self, visit: Visit) -> None:
-        keep = set(self.persistent) if not self.zero.max_reuse else self.persistent | self._reused()
+        keep = self.persistent | self._reused()
         for name in visit.parameters:
             self.active[name].discard(visit.module)
             if name in keep or self.last[name] > self.step or self.active[name] or name not in self.available:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from m3i_large.plan.walk import walk
+from m3i_large.plan.walk import Walk, walk
 from m3i_large.recipe import Recipe
 
 
@@ -32,16 +32,15 @@ class Flops:
 
 
 def flops_per_sample(recipe: Recipe) -> Flops:
-    """Counts one walk over a whole contrast batch on one rank (1 to 5 seconds, no memory).
+    """Counts one walk over a whole contrast batch on one rank: a few seconds, no memory.
 
     Rows with a text and with a category follow the sources' nominal sizes or quotas; where a recipe has neither,
     every row counts as having one.
     """
-    rows = recipe.train.contrast_batch
-    plain = walk(recipe, rows=rows, world=1, checkpointing=False)
-    again = walk(recipe, rows=rows, world=1) if recipe.train.activation_checkpointing else plain
-    return Flops(
-        forward={part: flops / rows for part, flops in plain.forward.items()},
-        backward={part: flops / rows for part, flops in plain.backward.items()},
-        recomputed=(again.flops() - plain.flops()) / rows,
-    )
+    return flops_of(walk(recipe, rows=recipe.train.contrast_batch, world=1))
+
+
+def flops_of(seen: Walk) -> Flops:
+    """What a walk counted, by sample."""
+    forward, backward = ({k: n / seen.rows for k, n in c.items()} for c in (seen.forward, seen.backward))
+    return Flops(forward, backward, seen.recomputed.total() / seen.rows)

@@ -7,6 +7,7 @@ so shapes must fit, and FLOPs, live bytes and the order of modules are those of 
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -41,10 +42,11 @@ class Walk:
 
     Attributes:
         rows: of the micro-batch.
-        forward, backward: FLOPs by part of the objective; `losses` is what belongs to no tower or head. A recomputation
-            counts as backward.
+        operators: calls.
+        forward, backward, recomputed: FLOPs by part of the objective; `losses` is what belongs to no tower or head.
         peak: most bytes alive at once; without parameters, their gradients and the batch.
         kept: bytes alive between forward and backward.
+        batch: bytes of the batch.
         visits: in order, for ZeRO-3.
         gradients: names of trained parameters in the order in which their gradients are ready.
         exchanged: bytes that this rank receives or reduces in the objective's own collectives, by kind.
@@ -53,16 +55,14 @@ class Walk:
     rows: int
     forward: Counter[str] = field(default_factory=Counter)
     backward: Counter[str] = field(default_factory=Counter)
+    recomputed: Counter[str] = field(default_factory=Counter)
     peak: int = 0
     kept: int = 0
     batch: int = 0
+    operators: int = 0
     visits: list[Visit] = field(default_factory=list)
     gradients: list[str] = field(default_factory=list)
     exchanged: Counter[str] = field(default_factory=Counter)
-
-    def flops(self) -> int:
-        """Of the whole micro-step."""
-        return self.forward.total() + self.backward.total()
 
 
 def walk(recipe: Recipe, *, rows: int, world: int, checkpointing: bool | None = None) -> Walk:
@@ -73,18 +73,18 @@ def walk(recipe: Recipe, *, rows: int, world: int, checkpointing: bool | None = 
     """
     seen = Walk(rows)
     objective = build_on_meta(recipe, collectives=_Ranks(world, seen.exchanged))
+    watch = Watch(seen)
     if recipe.train.activation_checkpointing if checkpointing is None else checkpointing:
         for block in transformer_blocks(objective, frozen=False):
-            _recompute(block)
+            _recompute(block, watch)
     batch = meta_batch(recipe, rows)
     seen.batch = sum(x.nbytes for x in vars(batch).values() if isinstance(x, Tensor))
-    counter = _Counter(seen)
-    counter.leave_out([*objective.parameters(), *objective.buffers(), *vars(batch).values()])
-    _attach(objective, seen, counter)
-    with counter:
+    watch.leave_out([*objective.parameters(), *objective.buffers(), *vars(batch).values()])
+    _attach(objective, seen, watch)
+    with watch:
         with SavingAttention():
             losses = objective(batch)
-        seen.kept = counter.live
+        seen.kept = watch.live
         losses["loss"].backward()
     return seen
 
@@ -96,12 +96,12 @@ def build_on_meta(recipe: Recipe, **arguments: Any) -> Objective:
         return build_objective(recipe, dtype=dtype, **arguments)
 
 
-def _recompute(block: nn.Module) -> None:
-    """As parallel/remat.py does, whose package needs DeepSpeed's neighbours no more than this one."""
+def _recompute(block: nn.Module, watch: "Watch") -> None:
+    """As parallel/remat.py does, telling the watch what is computed again."""
     forward = block.forward
 
     def inner(*args: Any, **kwargs: Any) -> Any:
-        with SavingAttention():  # entered anew, as the backward pass runs outside of the forward pass's
+        with SavingAttention(), watch.block():  # entered anew: the backward pass runs outside of the forward pass's
             return forward(*args, **kwargs)
 
     block.forward = partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
@@ -126,7 +126,7 @@ class _Ranks:
         return x.detach().clone()
 
 
-class _Counter(TorchDispatchMode):
+class Watch(TorchDispatchMode):
     """Sees every operator: adds up FLOPs by part, and follows which storages are alive."""
 
     def __init__(self, seen: Walk) -> None:
@@ -136,6 +136,16 @@ class _Counter(TorchDispatchMode):
         self.ranges: list[tuple[int, int, str]] = []  # of autograd's sequence numbers, one for each call of a part
         self.live = 0
         self._storages: dict[int, Any] = {}
+        self._in_block = False
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """Around the forward pass of a block, which in a backward pass is a recomputation."""
+        self._in_block = True
+        try:
+            yield
+        finally:  # checkpoint leaves early, once it has all that it needs
+            self._in_block = False
 
     def leave_out(self, values: list[Any]) -> None:
         """Tensors that are there before and behind the step, and their views, count nothing."""
@@ -143,12 +153,14 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self._seen.operators += 1
         node = torch._C._current_autograd_node()
         if flops := operator_flops(func, args, kwargs or {}, out):
-            where, part = (
-                (self._seen.forward, self.part) if node is None else (self._seen.backward, self._part_of(node))
-            )
-            where[part] += flops
+            if node is None:
+                self._seen.forward[self.part] += flops
+            else:
+                counted = self._seen.recomputed if self._in_block else self._seen.backward
+                counted[self._part_of(node)] += flops
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._follow(x.untyped_storage())
@@ -187,11 +199,11 @@ class _Tell(torch.autograd.Function):
         return grads[0], None
 
 
-def _attach(objective: Objective, seen: Walk, counter: _Counter) -> None:
+def _attach(objective: Objective, seen: Walk, watch: Watch) -> None:
     """Hooks: which part runs, which parameters ZeRO-3 fetches and releases, when a gradient is ready."""
     names = {id(p): name for name, p in objective.named_parameters()}
     for name, part in objective.named_children():
-        _name_part(part, name, counter)
+        _name_part(part, name, watch)
     whole = {id(b) for frozen in (False, True) for b in transformer_blocks(objective, frozen=frozen)}
     for index, module in enumerate(_hooked(objective, whole)):
         own = module.parameters(recurse=id(module) in whole)
@@ -215,16 +227,16 @@ def _ready(parameter: Tensor, name: str, seen: Walk) -> None:
     seen.gradients.append(name)
 
 
-def _name_part(module: nn.Module, name: str, counter: _Counter) -> None:
+def _name_part(module: nn.Module, name: str, watch: Watch) -> None:
     started: list[int] = []
 
     def enter(*_: Any) -> None:
         started.append(torch._C._autograd._get_sequence_nr())
-        counter.part = name
+        watch.part = name
 
     def leave(*_: Any) -> None:
-        counter.ranges.append((started.pop(), torch._C._autograd._get_sequence_nr(), name))
-        counter.part = LOSSES
+        watch.ranges.append((started.pop(), torch._C._autograd._get_sequence_nr(), name))
+        watch.part = LOSSES
 
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave)
