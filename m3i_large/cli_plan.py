@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -44,7 +44,7 @@ def plan_command(
     print_plan(plan, console)
 
 
-def _dry_run(recipe, gpus: int, *, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+def _dry_run(recipe: Any, gpus: int, *, as_json: bool) -> None:
     """One micro-step of the real objective without memory: forward and backward."""
     from m3i_large.plan.plan import check_gpus
     from m3i_large.plan.walk import walk

@@ -78,9 +78,7 @@ def _buckets(sizes: Sequence[int], limit: int) -> int:
     return calls + bool(filled)
 
 
-def play_gathers(
-    visits: Sequence[Visit], table: Table, zero: Zero, *, world: int, updated: bool = True
-) -> Gathers:
+def play_gathers(visits: Sequence[Visit], table: Table, zero: Zero, *, world: int, updated: bool = True) -> Gathers:
     """The gathers of one micro-step under ZeRO-3.
 
     Parameters up to the persistence threshold are on every rank already, but for those of averaged targets in the
@@ -92,9 +90,7 @@ def play_gathers(
 class _Coordinator:
     """State of the parameter coordinator; method by method what DeepSpeed's does."""
 
-    def __init__(
-        self, visits: Sequence[Visit], table: Table, zero: Zero, world: int, *, stale: frozenset[str]
-    ) -> None:
+    def __init__(self, visits: Sequence[Visit], table: Table, zero: Zero, world: int, *, stale: frozenset[str]) -> None:
         self.visits, self.size, self.zero, self.world = visits, table.size, zero, world
         self.persistent = {name for name, size in table.size.items() if size <= zero.persistence}
         self.order = [v for v in visits if v.fetch]

@@ -12,6 +12,7 @@ from m3i_large.plan.zero import Zero
 # Assumptions. CUDA context, NCCL channels, cuBLAS and Triton workspaces; and the share of a device's memory that the
 # caching allocator holds without using it.
 RESERVED, FRAGMENTED = 2 * GIB, 0.05
+ASSUMED = ("CUDA, NCCL", "fragmentation")  # their rows
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Memory:
         """Bytes on the GPU."""
         return sum(self.rows.values())
 
+    @property
+    def allocated(self) -> int:
+        """The part of `total` that torch.cuda.max_memory_allocated would show: without what is assumed."""
+        return sum(size for what, size in self.rows.items() if what not in ASSUMED)
+
 
 def states(table: Table, zero: Zero, *, world: int) -> States:
     """State of a rank: DeepSpeed's ZeRO stages, AdamW in fp32, and the average in fp32 on the same shards."""
@@ -80,7 +86,7 @@ def gathered(walk: Walk, table: Table, zero: Zero, *, world: int) -> dict[str, i
     if world == 1 and zero.stage != 3:
         return {}
     held = {}
-    if zero.stage == 3:
+    if zero.stage == 3 and (world > 1 or zero.parameters != "gpu"):  # one rank's shard is the whole weight already
         held["gathered weights"] = table.element * play_gathers(walk.visits, table, zero, world=world).peak
         small = sum(n for n in table.size.values() if n <= zero.persistence)
         held["small weights kept whole"] = table.element * small
@@ -96,5 +102,5 @@ def memory(state: States, buffers: Mapping[str, int], *, activations: int, batch
     if state.step > sum(micro_step.values()):
         micro_step = {"fp32 gradients of the step": state.step}
     rows = {**state.gpu, **micro_step, "batches (2)": 2 * batch}
-    rows |= {"CUDA, NCCL": RESERVED, "fragmentation": round(FRAGMENTED * gpu.memory)}
+    rows |= dict(zip(ASSUMED, (RESERVED, round(FRAGMENTED * gpu.memory)), strict=True))
     return Memory(rows, host=sum(state.host.values()), disk=sum(state.disk.values()))

@@ -92,7 +92,7 @@ class Plan:
         """All values, derived ones included; sizes in bytes."""
         values = asdict(self)
         for option, row in zip(self.options, values["options"], strict=True):
-            row["memory"]["total"] = option.memory.total
+            row["memory"] |= {"total": option.memory.total, "allocated": option.memory.allocated}
         values["parts"] = {k: {"trained": t, "frozen": f} for k, (t, f) in self.parts.items()}
         values["flops"] |= {"model": self.flops.model, "hardware": self.flops.hardware}
         values["largest_micro_batch"] = {

@@ -5,9 +5,10 @@ from rich.console import Console, Group
 from rich.table import Table as Grid
 
 from m3i_large.plan.devices import GIB
+from m3i_large.plan.memory import ASSUMED
 from m3i_large.plan.plan import Option, Plan
 
-ASSUMED = "*"  # marks every figure that rests on an assumption
+MARK = "*"  # marks every figure that rests on an assumption
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -17,7 +18,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     offload += f", weights on {zero.parameters}" if zero.parameters != "gpu" else ""
     console.print(
         f"{plan.recipe} on {plan.gpus} x {plan.gpu.name} ({plan.gpu.memory / GIB:.1f} GiB, "
-        f"{plan.gpu.peak / 1e12:,.0f} TFLOP/s dense bf16), ZeRO stage {zero.stage}{offload}; {ASSUMED} = assumed",
+        f"{plan.gpu.peak / 1e12:,.0f} TFLOP/s dense bf16), ZeRO stage {zero.stage}{offload}; {MARK} = assumed",
         soft_wrap=True,
     )
     sides = Grid.grid(padding=(0, 3))
@@ -32,8 +33,8 @@ def verdict(plan: Plan) -> list[str]:
     name = f"contrast_batch {own.contrast_batch:,} on {plan.gpus} GPUs ({own.micro_batch} rows each)"
     most = f"At most {rows[True]:,} rows a GPU with activation checkpointing, {rows[False]:,} without."
     if own.fits:
-        return [f"FITS: {name} takes {own.memory.total / GIB:.1f} of {plan.gpu.memory / GIB:.1f} GiB{ASSUMED}.", most]
-    lines = [f"DOES NOT FIT: {name} takes {own.memory.total / GIB:.1f} GiB{ASSUMED}.", most]
+        return [f"FITS: {name} takes {own.memory.total / GIB:.1f} of {plan.gpu.memory / GIB:.1f} GiB{MARK}.", most]
+    lines = [f"DOES NOT FIT: {name} takes {own.memory.total / GIB:.1f} GiB{MARK}.", most]
     if best:
         lines.append(f"What fits here: {' '.join(best.overrides)}: {best.accumulation} micro-steps a step.")
     if plan.enough_gpus:
@@ -70,10 +71,11 @@ def _parts(plan: Plan) -> Grid:
 def _memory(plan: Plan) -> Grid:
     own = plan.as_it_is
     grid = _grid(f"GiB on a GPU, {own.micro_batch} rows", "what", "recomputed", "kept")
-    both = [next(o for o in plan.options if o.micro_batch == own.micro_batch and o.checkpointing == c) for c in (True, False)]
+    same = {o.checkpointing: o for o in plan.options if o.micro_batch == own.micro_batch}
+    both = [same[True], same[False]]
     rows = list(dict.fromkeys(key for o in both for key in o.memory.rows))
     for key in rows:
-        mark = ASSUMED if key in ("CUDA, NCCL", "fragmentation") else ""
+        mark = MARK if key in ASSUMED else ""
         grid.add_row(key + mark, *(f"{o.memory.rows.get(key, 0) / GIB:,.2f}" for o in both))
     grid.add_row("all", *(f"{o.memory.total / GIB:,.1f}" for o in both), style="bold")
     return grid
@@ -82,7 +84,7 @@ def _memory(plan: Plan) -> Grid:
 def _run(plan: Plan) -> Grid:
     rate, samples = plan.samples_per_s, plan.steps * plan.global_batch
     grid = _grid("The run", "", "")
-    mark = ASSUMED if plan.mfu_assumed else ""
+    mark = MARK if plan.mfu_assumed else ""
     grid.add_row(f"samples/s at {plan.mfu:.0%} MFU{mark}", f"{rate:,.0f} ({rate / plan.gpus:,.1f} a GPU)")
     flops = plan.flops
     grid.add_row("GFLOP a sample, with recomputation", f"{flops.model / 1e9:,.0f}, {flops.hardware / 1e9:,.0f}")

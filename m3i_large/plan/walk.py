@@ -104,7 +104,7 @@ def _recompute(block: nn.Module, watch: "Watch") -> None:
         with SavingAttention(), watch.block():  # entered anew: the backward pass runs outside of the forward pass's
             return forward(*args, **kwargs)
 
-    block.forward = partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+    block.forward = partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)
 
 
 class _Ranks:
@@ -210,7 +210,7 @@ def _attach(objective: Objective, seen: Walk, watch: Watch) -> None:
         _visit(module, index, tuple(names[id(p)] for p in own), seen)
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p, name=name: _ready(p, name, seen))  # type: ignore[misc]
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: _ready(p, name, seen))
 
 
 def _hooked(module: nn.Module, whole: set[int]) -> Iterator[nn.Module]:

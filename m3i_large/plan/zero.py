@@ -72,7 +72,7 @@ def read_zero(path: Path) -> Zero:
         optimizer=_place(given, "offload_optimizer", path),
         parameters=_place(given, "offload_param", path),
         overlap=bool(given.get("overlap_comm", stage == 3)),
-        **sizes,  # type: ignore[arg-type]
+        **sizes,
     )
 
 

@@ -31,7 +31,7 @@ def vit() -> tuple[Recipe, Walk]:
 
 
 def test_vit_forward_is_longhand(vit: tuple[Recipe, Walk]) -> None:
-    recipe, seen = vit
+    _, seen = vit
     patches, width = 196, 768
     embedding = 2 * patches * (3 * 16 * 16) * width
     per_image = embedding + transformer(patches + 1, width, 12)

@@ -26,7 +26,7 @@ def table() -> Table:
 
 
 def on_gpu(state: States) -> int:
-    """Everything at the optimizer's step; DeepSpeed's estimators count fp32 gradients and those of the weights' type."""
+    """Everything at the optimizer's step, where fp32 gradients and those of the weights' type are alive."""
     return sum(state.gpu.values()) + state.step
 
 
@@ -58,7 +58,9 @@ def test_average_and_frozen_weights_are_counted() -> None:
     student = sum(n for name, n in table.size.items() if name.startswith("student."))
     assert table.num - table.num_trained == table.num_averaged == student
     held = states(table, Zero(stage=3), world=1).gpu
-    assert held["average"] == 4 * student and held["weights"] == 2 * table.num and held["master"] == 4 * table.num_trained
+    assert (
+        held["average"] == 4 * student and held["weights"] == 2 * table.num and held["master"] == 4 * table.num_trained
+    )
 
 
 def small(checkpointing: bool) -> Recipe:
