@@ -6,7 +6,7 @@ from rich.table import Table as Grid
 
 from m3i_large.plan.devices import GIB
 from m3i_large.plan.memory import ASSUMED
-from m3i_large.plan.plan import Option, Plan
+from m3i_large.plan.plan import Plan
 
 MARK = "*"  # marks every figure that rests on an assumption
 
@@ -33,7 +33,11 @@ def verdict(plan: Plan) -> list[str]:
     name = f"contrast_batch {own.contrast_batch:,} on {plan.gpus} GPUs ({own.micro_batch} rows each)"
     most = f"At most {rows[True]:,} rows a GPU with activation checkpointing, {rows[False]:,} without."
     if own.fits:
-        return [f"FITS: {name} takes {own.memory.total / GIB:.1f} of {plan.gpu.memory / GIB:.1f} GiB{MARK}.", most]
+        lines = [f"FITS: {name} takes {own.memory.total / GIB:.1f} of {plan.gpu.memory / GIB:.1f} GiB{MARK}.", most]
+        if own.checkpointing and rows[False] >= own.micro_batch:
+            spared = 1 - plan.flops.model / plan.flops.hardware
+            lines.append(f"train.activation_checkpointing=false fits too and computes {spared:.0%} less.")
+        return lines
     lines = [f"DOES NOT FIT: {name} takes {own.memory.total / GIB:.1f} GiB{MARK}.", most]
     if best:
         lines.append(f"What fits here: {' '.join(best.overrides)}: {best.accumulation} micro-steps a step.")
@@ -84,6 +88,7 @@ def _memory(plan: Plan) -> Grid:
 def _run(plan: Plan) -> Grid:
     rate, samples = plan.samples_per_s, plan.steps * plan.global_batch
     grid = _grid("The run", "", "")
+    grid.show_header = False
     mark = MARK if plan.mfu_assumed else ""
     grid.add_row(f"samples/s at {plan.mfu:.0%} MFU{mark}", f"{rate:,.0f} ({rate / plan.gpus:,.1f} a GPU)")
     flops = plan.flops
@@ -116,21 +121,17 @@ def _stages(plan: Plan) -> Grid:
 
 
 def _options(plan: Plan) -> Grid:
-    grid = _grid("Batches", "contrast", "accumulation", "rows a GPU", "activations", "GiB", "fits", "with", left=0)
+    columns = ("contrast batch", "accumulation", "rows a GPU", "GiB recomputed", "GiB kept", "with")
+    grid = _grid("Batches that the recipe allows on so many GPUs (! = does not fit)", *columns, left=0)
     grid.columns[-1].justify = "left"
-    for option in plan.options:
-        grid.add_row(*_cells(option, plan), style="bold" if option == plan.best else None)
+    for recomputed, kept in zip(plan.options[::2], plan.options[1::2], strict=True):
+        own = recomputed.contrast_batch == plan.as_it_is.contrast_batch
+        grid.add_row(
+            f"{recomputed.contrast_batch:,}",
+            f"{recomputed.accumulation}",
+            f"{recomputed.micro_batch:,}",
+            *(f"{'' if o.fits else '!'}{o.memory.total / GIB:,.1f}" for o in (recomputed, kept)),
+            "the recipe's own" if own else f"train.contrast_batch={recomputed.contrast_batch}",
+            style="bold" if plan.best in (recomputed, kept) else None,
+        )
     return grid
-
-
-def _cells(option: Option, plan: Plan) -> list[str]:
-    total = option.memory.total / GIB
-    return [
-        f"{option.contrast_batch:,}",
-        f"{option.accumulation}",
-        f"{option.micro_batch:,}",
-        "recomputed" if option.checkpointing else "kept",
-        f"{total:,.1f}",
-        "yes" if option.fits else "no",
-        " ".join(option.overrides) or "the recipe as it is",
-    ]
