@@ -56,6 +56,7 @@ def test_other_parts_are_longhand(vit: tuple[Recipe, Walk]) -> None:
     assert seen.backward["decoder"] == 2 * ROWS * (2 * once - 2 * length * (2 * width) * width)
     pool = 2 * (2 * shown + 1) * width**2 + 4 * shown * width + 2 * width * recipe.pool.width
     assert seen.forward["pool"] == 2 * ROWS * pool
+    assert seen.backward["pool"] == 2 * seen.forward["pool"]
     assert seen.forward["text_head"] == ROWS * 2 * recipe.text.embed * (2 * recipe.pool.width + recipe.text.width)
 
 
