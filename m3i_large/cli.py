@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from m3i_large.cli_data import data_app
+from m3i_large.cli_plan import plan_command
 from m3i_large.errors import OutageError, UserError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 bench_app = typer.Typer(help="Speed.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.command("plan")(plan_command)
 
 
 def guarded(command: Callable[[], int], *, debug: bool = False) -> int:

@@ -10,7 +10,7 @@ from ranks import full, run_ranks
 from tiny import recipe, write_data, write_recipe
 
 from m3i_large.assembly import build_engine, training_state
-from m3i_large.build import build_objective
+from m3i_large.build import build_objective, use_plain_attention
 from m3i_large.optim import decays
 from m3i_large.parallel.comm import Rank
 from m3i_large.parallel.ds_config import StepSizes, read_ds_config
@@ -44,6 +44,7 @@ def step_both_ways(rank: Rank, path: Path, directory: Path, zero: dict) -> dict:
 
 def plain_step(settings, batch) -> dict:
     objective = build_objective(settings)
+    use_plain_attention(objective)
     named = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for n, p in named if decays(n, tuple(p.shape)) == decay], "weight_decay": 0.1 * decay}

@@ -1,0 +1,106 @@
+"""Bytes on one GPU, by what they hold: sharded state, what ZeRO gathers and buffers, activations."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from m3i_large.plan.comm import play_gathers
+from m3i_large.plan.devices import GIB, Gpu
+from m3i_large.plan.parameters import Table
+from m3i_large.plan.walk import Walk
+from m3i_large.plan.zero import Zero
+
+# Assumptions. CUDA context, NCCL channels, cuBLAS and Triton workspaces; and the share of a device's memory that the
+# caching allocator holds without using it.
+RESERVED, FRAGMENTED = 2 * GIB, 0.05
+ASSUMED = ("CUDA, NCCL", "fragmentation")  # their rows
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes per rank of what lives as long as the run.
+
+    Attributes:
+        gpu, host, disk: by what they hold: weights, gradients, master, moments, average.
+        step: fp32 gradients on the GPU while the optimizer steps, when no activations are alive.
+    """
+
+    gpu: dict[str, int]
+    host: dict[str, int]
+    disk: dict[str, int]
+    step: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak of one GPU.
+
+    Attributes:
+        rows: bytes by what they hold, in the order of the table; they sum to `total`.
+        host, disk: bytes per rank of offloaded state.
+    """
+
+    rows: dict[str, int]
+    host: int
+    disk: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on the GPU."""
+        return sum(self.rows.values())
+
+    @property
+    def allocated(self) -> int:
+        """The part of `total` that torch.cuda.max_memory_allocated would show: without what is assumed."""
+        return sum(size for what, size in self.rows.items() if what not in ASSUMED)
+
+
+def states(table: Table, zero: Zero, *, world: int) -> States:
+    """State of a rank: DeepSpeed's ZeRO stages, AdamW in fp32, and the average in fp32 on the same shards."""
+    trained = [table.size[name] for name in table.trained]
+
+    def shard(sizes: list[int]) -> int:
+        return sum(-(-n // world) for n in sizes)
+
+    per_rank = shard(trained) if zero.stage else sum(trained)
+    weights = shard(list(table.size.values())) if zero.stage == 3 else table.num
+    gradients = per_rank if zero.stage >= 2 else sum(trained)
+    held = {
+        "weights": (zero.parameters if zero.stage == 3 else "gpu", table.element * weights),
+        # An offloaded optimizer takes its gradients along, in fp32.
+        "gradients": (("cpu", 4 * gradients) if zero.optimizer != "gpu" else ("gpu", table.element * gradients)),
+        "master": (zero.optimizer, 4 * per_rank),
+        "moments": (zero.optimizer, 8 * per_rank),
+        "average": (zero.optimizer, 4 * shard([table.size[name] for name in table.averaged])),
+    }
+    places: dict[str, dict[str, int]] = {"gpu": {}, "cpu": {}, "nvme": {}}
+    for what, (place, size) in held.items():
+        if size:
+            places[place][what] = size
+    at_once = min(per_rank, zero.sub_group) if zero.stage == 3 else per_rank
+    step = 4 * at_once if zero.optimizer == "gpu" and table.element < 4 else 0
+    return States(gpu=places["gpu"], host=places["cpu"], disk=places["nvme"], step=step)
+
+
+def gathered(walk: Walk, table: Table, zero: Zero, *, world: int) -> dict[str, int]:
+    """What ZeRO holds beside its shards during a micro-step: gathered weights and communication buffers."""
+    if world == 1 and zero.stage != 3:
+        return {}
+    held = {}
+    if zero.stage == 3 and (world > 1 or zero.parameters != "gpu"):  # one rank's shard is the whole weight already
+        held["gathered weights"] = table.element * play_gathers(walk.visits, table, zero, world=world).peak
+        small = sum(n for n in table.size.values() if n <= zero.persistence)
+        held["small weights kept whole"] = table.element * small
+    # Stage 3: one bucket and its copy in the order of ranks; stages 1 and 2: two buckets in turn.
+    buckets = 2 if zero.stage == 3 or zero.overlap else 1
+    held["reduce buckets"] = table.element * buckets * zero.reduce_bucket
+    return held
+
+
+def memory(state: States, buffers: Mapping[str, int], *, activations: int, batch: int, gpu: Gpu) -> Memory:
+    """Puts the parts together; the peak is in a backward pass or, where that is more, in the optimizer's step."""
+    micro_step = {**buffers, "activations": activations}
+    if state.step > sum(micro_step.values()):
+        micro_step = {"fp32 gradients of the step": state.step}
+    rows = {**state.gpu, **micro_step, "batches (2)": 2 * batch}
+    rows |= dict(zip(ASSUMED, (RESERVED, round(FRAGMENTED * gpu.memory)), strict=True))
+    return Memory(rows, host=sum(state.host.values()), disk=sum(state.disk.values()))

@@ -1,0 +1,180 @@
+"""The command as a user types it, what it concludes, and what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import ROOT
+
+from m3i_large.cli import main
+from m3i_large.errors import UserError
+from m3i_large.plan.devices import GIB, Gpu, find_gpu, known_gpus
+from m3i_large.plan.plan import Plan, make_plan
+from m3i_large.plan.tables import verdict
+from m3i_large.plan.zero import Zero, read_zero
+from m3i_large.recipe import load_recipe
+from m3i_large.stream import nominal_sizes, plan_mixture
+
+
+def m3i(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Status, output and error output of the command in this process."""
+    monkeypatch.setattr("sys.argv", ["m3i", "plan", *arguments])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def plan_of(name: str, *overrides: str, gpus: int = 8, gpu: str = "h100", zero: Zero | None = None) -> Plan:
+    return make_plan(load_recipe(name, list(overrides)), gpus=gpus, gpu=find_gpu(gpu), zero=zero or Zero())
+
+
+def test_tables_fit_one_screen_and_say_what_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = m3i(monkeypatch, capsys, "m3i", "--gpus", "8", "--gpu", "a100-40")
+    lines = out.splitlines()
+    assert status == 0 and len(lines) < 75 and max(map(len, lines)) <= 140 and "…" not in out
+    assert "FITS: contrast_batch 4,096 on 8 GPUs (512 rows each)" in out
+
+
+def test_json_holds_every_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = m3i(monkeypatch, capsys, "m3i", "train.steps=1000", "--gpus", "4", "--mfu", "0.5", "--json")
+    values = json.loads(out)
+    assert status == 0 and values["samples"] == 1000 * 4096
+    forward, backward = (sum(values["flops"][key].values()) for key in ("forward", "backward"))
+    assert values["flops"]["model"] == pytest.approx(forward + backward)
+    assert values["samples_per_s"] == pytest.approx(4 * 0.5 * 989.5e12 / values["flops"]["model"])
+    assert values["gpu_hours"] == pytest.approx(4 * values["samples"] / values["samples_per_s"] / 3600)
+    assert values["parts"]["student"]["trained"] == values["parts"]["target"]["frozen"] > 85e6
+    trained = sum(part["trained"] for part in values["parts"].values())
+    assert values["checkpoint_bytes"] == 12 * trained + 4 * values["parts"]["target"]["frozen"]
+    for option in values["options"]:
+        used = option["memory"]
+        assert used["total"] == sum(used["rows"].values()) > used["allocated"]
+        assert option["contrast_batch"] * option["accumulation"] == 4096
+        assert option["fits"] == (used["total"] <= values["gpu"]["memory"])
+
+
+def test_the_billion_parameters_walk_one_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = m3i(monkeypatch, capsys, "m3i_internimage_h_442m", "--gpus", "128", "--dry-run", "--json")
+    values = json.loads(out)
+    assert status == 0 and values["rows"] == 128 and values["gradients"] > 1500
+    # 1.08 billion parameters under 128 images: what is kept is 80 MB an image, whatever is counted on the way.
+    assert 8 * GIB < values["kept_bytes"] < values["peak_bytes"] < 14 * GIB
+
+
+def test_a_batch_that_does_not_fit_comes_with_what_does() -> None:
+    plan = plan_of("m3i", "train.activation_checkpointing=false", gpu="small:30:300")
+    own, best = plan.as_it_is, plan.best
+    assert not own.fits and best is not None and best.fits and best.overrides
+    assert best.contrast_batch == 4096  # recomputation is enough
+    assert plan.enough_gpus is not None and plan.enough_gpus > 8
+    text = "\n".join(verdict(plan))
+    assert "DOES NOT FIT" in text and "train.activation_checkpointing=true" in text and "train.contrast=cached" in text
+    again = plan_of("m3i", *best.overrides, gpu="small:30:300")
+    assert again.as_it_is.fits and again.as_it_is.memory.total == pytest.approx(best.memory.total, rel=0.02)
+    more = plan_of("m3i", "train.activation_checkpointing=false", gpu="small:30:300", gpus=plan.enough_gpus)
+    assert more.as_it_is.fits
+
+
+def test_the_largest_micro_batch_is_the_largest_that_fits() -> None:
+    plan = plan_of("m3i", gpu="small:20:300")
+    for remat, rows in plan.largest_micro_batch.items():
+        flag = f"train.activation_checkpointing={str(remat).lower()}"
+        for size, fits in ((rows, True), (rows + 1, False)):
+            batch = [f"train.global_batch={8 * size}", "data.lanes=8", "train.steps=1", flag]
+            assert plan_of("m3i", *batch, gpu="small:20:300").as_it_is.fits == fits, (remat, size)
+
+
+def test_nothing_fits_on_a_device_without_memory() -> None:
+    plan = plan_of("m3i", gpu="tiny:2:1")
+    assert plan.best is None and plan.largest_micro_batch == {True: 0, False: 0} and plan.enough_gpus is None
+    assert verdict(plan)[0].startswith("DOES NOT FIT") and len(verdict(plan)) == 2
+
+
+def test_more_sharding_and_offload_take_less() -> None:
+    stages = plan_of("m3i", zero=read_zero(ROOT / "ds_configs/zero3.json")).stages
+    assert stages["stage 1"]["gpu"] > stages["stage 2"]["gpu"]
+    states = {name: row["gpu"] - row["gathered and buckets"] for name, row in stages.items()}
+    assert list(states.values()) == sorted(states.values(), reverse=True)
+    assert states["stage 3, all on nvme"] == 0
+    assert stages["stage 3, optimizer on cpu"]["host"] > 0 == stages["stage 3, optimizer on cpu"]["disk"]
+
+
+def test_steps_are_the_sampler_s() -> None:
+    recipe = load_recipe("m3i_vit_b16_yfcc15m")
+    plan = make_plan(recipe, gpus=8, gpu=find_gpu("h100"), zero=Zero())
+    mixture = plan_mixture(recipe, [(n.samples, n.mean_bytes) for n in nominal_sizes(recipe)])
+    assert plan.steps == mixture.steps_for_epochs(recipe.train.epochs or 0)
+    assert plan.mean_bytes == nominal_sizes(recipe)[0].mean_bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["m3i", "--gpu", "h1000"], "--gpu: got 'h1000'; needed: one of h100,"),
+        (["m3i", "--gpu", "mine:80:-1"], "--gpu: got 'mine:80:-1'; needed:"),
+        (["m3i", "--gpus", "7"], "--gpus: got 7; needed: one of 1, 2, 4, 8,"),
+        (["m3i", "--gpus", "7", "--dry-run"], "--gpus: got 7; needed: one of 1, 2, 4, 8,"),
+        (["m3i", "--mfu", "1.5"], "--mfu: got 1.5; needed: more than 0, at most 1"),
+        (["m3i", "--ds", "no.json"], "--ds: got no.json, which does not exist; needed: a DeepSpeed JSON file"),
+        (["nobody"], "recipe: got 'nobody'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = m3i(monkeypatch, capsys, *arguments)
+    assert status == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith(f"error: {line}"), err
+
+
+@pytest.mark.parametrize(
+    ("zero", "line"),
+    [
+        (None, "holds no zero_optimization"),
+        ({"stage": 4}, "sets zero_optimization.stage to 4; needed: one of (0, 1, 2, 3)"),
+        ({"stage": 3, "reduce_bucket_size": "big"}, "sets reduce_bucket_size to 'big'; needed: a number of elements"),
+        ({"stage": 3, "offload_optimizer": {"device": "tape"}}, "sets offload_optimizer.device to 'tape'"),
+    ],
+)
+def test_mistakes_in_the_ds_file(zero: dict | None, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({} if zero is None else {"zero_optimization": zero}))
+    with pytest.raises(UserError) as error:
+        read_zero(path)
+    assert line in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_ds_file_is_read_with_deepspeeds_defaults(tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    path = tmp_path / "ds.json"
+    for stage in (1, 2, 3):
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        theirs, ours = DeepSpeedZeroConfig(stage=stage), read_zero(path)
+        assert ours == Zero(
+            stage=stage,
+            reduce_bucket=theirs.reduce_bucket_size,
+            allgather_bucket=theirs.allgather_bucket_size,
+            prefetch_bucket=theirs.prefetch_bucket_size,
+            persistence=theirs.param_persistence_threshold,
+            max_live=theirs.max_live_parameters,
+            max_reuse=theirs.max_reuse_distance,
+            sub_group=theirs.sub_group_size,
+            overlap=bool(theirs.overlap_comm),
+        )
+    values = {"stage": 3, "offload_optimizer": {"device": "nvme"}, "sub_group_size": 1e8, "reduce_bucket_size": 5e7}
+    path.write_text(json.dumps({"zero_optimization": values | {"offload_param": {"device": "cpu"}}}))
+    wanted = replace(Zero(), optimizer="nvme", parameters="cpu", sub_group=10**8, reduce_bucket=5 * 10**7)
+    assert read_zero(path) == wanted
+
+
+def test_known_and_described_gpus() -> None:
+    assert {"h100", "h200", "a100-80", "a100-40"} <= set(known_gpus())
+    assert find_gpu("H100").peak == 989.5e12
+    assert find_gpu("mine:80:500") == Gpu("mine", 80 * GIB, 500e12)
