@@ -55,8 +55,11 @@ class TextTower(nn.Module):
         position_1T = torch.arange(length, device=text_NT.device)[None]
         end_N1 = text_NT.argmax(dim=-1, keepdim=True)
         is_text_NT = position_1T <= end_N1
-        # Four dimensions: a two-dimensional mask makes transformers look at its values to choose a code path.
-        mask_N11T = is_text_NT[:, None, None]
+        # Four dimensions: a two-dimensional mask makes transformers look at its values to choose a code path. Numbers,
+        # not booleans, as one of its attentions adds the mask and the other takes either.
+        dtype = self.bert.embeddings.word_embeddings.weight.dtype
+        mask_N11T = torch.zeros(is_text_NT.shape, dtype=dtype, device=text_NT.device)
+        mask_N11T = mask_N11T.masked_fill(~is_text_NT, torch.finfo(dtype).min)[:, None, None]
         # Positions and types are given, so that the tower's output depends on no buffer.
         hidden_NTD = self.bert(
             input_ids=text_NT,

@@ -8,9 +8,14 @@ CONFIG = TextConfig(width=32, layers=2, heads=4, context_length=9, vocab_size=50
 START, END = 48, 49
 
 
-def tower() -> TextTower:
+ATTENTIONS = pytest.mark.parametrize("attention", ["sdpa", "eager"])  # GPUs and CPUs
+
+
+def tower(attention: str = "sdpa") -> TextTower:
     torch.manual_seed(0)
-    return TextTower(CONFIG)
+    model = TextTower(CONFIG)
+    model.bert.set_attn_implementation(attention)
+    return model
 
 
 def test_bert_base_shape() -> None:
@@ -23,8 +28,9 @@ def test_bert_base_shape() -> None:
     assert model.width == 768
 
 
-def test_tokens_after_the_end_do_not_matter_and_others_do() -> None:
-    model = tower()
+@ATTENTIONS
+def test_tokens_after_the_end_do_not_matter_and_others_do(attention: str) -> None:
+    model = tower(attention)
     base = torch.tensor([[START, 7, 8, END, 0, 0, 0]])
     out = model(base)
     assert out.shape == (1, 32)
@@ -36,8 +42,9 @@ def test_tokens_after_the_end_do_not_matter_and_others_do() -> None:
         assert torch.equal(model(changed), out) == (column > 3), column
 
 
-def test_rows_do_not_depend_on_padding_or_on_other_rows() -> None:
-    model = tower()
+@ATTENTIONS
+def test_rows_do_not_depend_on_padding_or_on_other_rows(attention: str) -> None:
+    model = tower(attention)
     short = torch.tensor([[START, 7, END]])
     padded = torch.tensor([[START, 7, END, 0, 0, 0], [START, 7, 1, 2, 3, END], [0, 0, 0, 0, 0, 0]])
     out = model(padded)
@@ -45,8 +52,9 @@ def test_rows_do_not_depend_on_padding_or_on_other_rows() -> None:
     assert out.isfinite().all()
 
 
-def test_output_is_the_last_layers_mean_over_the_text() -> None:
-    model = tower()
+@ATTENTIONS
+def test_output_is_the_last_layers_mean_over_the_text(attention: str) -> None:
+    model = tower(attention)
     text = torch.tensor([[START, 7, 8, END], [START, END, 0, 0]])
     first = model.bert(input_ids=text[:1]).last_hidden_state.mean(1)
     second = model.bert(input_ids=text[1:, :2]).last_hidden_state.mean(1)
