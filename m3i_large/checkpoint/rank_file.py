@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -90,7 +91,7 @@ def write_file(path: Path, plan: FilePlan, data: Iterable[memoryview]) -> str:
     digest, written = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        for piece in (memoryview(plan.header), *_chunks(data)):
+        for piece in chain([memoryview(plan.header)], _chunks(data)):
             digest.update(piece)
             written += len(piece)
             _write(descriptor, piece)

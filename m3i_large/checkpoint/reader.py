@@ -95,14 +95,15 @@ class Checkpoint:
         entry = self.manifest["tensors"][key]
         numel = math.prod(entry["shape"]) - offset if numel is None else numel
         out = torch.empty(numel, dtype=getattr(torch, entry["dtype"]))
-        filled = 0
-        for file, start, length in entry["slices"]:
-            low, high = max(offset, start), min(offset + numel, start + length)
-            if low < high:
-                out[low - offset : high - offset] = self._open(file).get_slice(key)[low - start : high - start]
-                filled += high - low
-        if filled != numel:
-            raise UserError(f"checkpoint: {self.directory} holds {filled} of {numel} elements of {key}")
+        position, end = offset, offset + numel
+        # Slices may overlap: buffers are whole on every rank.
+        for file, start, length in sorted(entry["slices"], key=lambda piece: piece[1]):
+            high = min(end, start + length)
+            if start <= position < high:
+                out[position - offset : high - offset] = self._open(file).get_slice(key)[position - start : high - start]
+                position = high
+        if position != end:
+            raise UserError(f"checkpoint: {self.directory} holds {position - offset} of {numel} elements of {key}")
         return out
 
     def read_full(self, key: str) -> Tensor:

@@ -178,19 +178,21 @@ class CheckpointWriter:
         """Tells the first rank; there, puts the checkpoint together."""
         temporary = temporary_directory(self._root, job.step, job.token)
         self._failure = sidecar.get("failed", "")
+        if self._rank.is_first:
+            return self._conclude(job, temporary, sidecar, held)
         try:
             write_whole(_sidecar(temporary, self._rank.rank), json.dumps(sidecar))
         except OSError as error:
-            # The first rank may have given up and removed the directory, or it will, having waited in vain.
+            # The first rank has given up and removed the directory, or it will, having waited in vain.
             self._failure = self._failure or f"rank {self._rank.rank}: {brief(error)}"
-        if self._rank.is_first:
-            self._conclude(job, temporary, held)
 
     # -- the first rank ---------------------------------------------------------------------------------------------
 
-    def _conclude(self, job: Job, temporary: Path, held: float) -> None:
+    def _conclude(self, job: Job, temporary: Path, own: dict[str, Any], held: float) -> None:
         try:
-            parts = self._collect(temporary)
+            parts = [own, *self._collect(temporary)]
+            if reason := next((part["failed"] for part in parts if "failed" in part), ""):
+                raise OutageError(reason)
             num_bytes = self._publish(job, temporary, parts)
         except (OSError, OutageError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -208,9 +210,9 @@ class CheckpointWriter:
             self._reports.append(Report.incident(job.step, what="checkpoint", reason=reason))
 
     def _collect(self, temporary: Path) -> list[dict[str, Any]]:
-        """Every rank's sidecar, in rank order; waits for them."""
+        """The other ranks' sidecars, in rank order; waits for them, failed ones too, so that nobody is still writing."""
         deadline, pause = time.monotonic() + self._patience_s, FIRST_LOOK_S
-        missing = set(range(self._rank.world))
+        missing = set(range(1, self._rank.world))
         while missing := {rank for rank in missing if not _sidecar(temporary, rank).exists()}:
             if time.monotonic() > min(deadline, self._leave_by):
                 raise OutageError(
@@ -218,10 +220,8 @@ class CheckpointWriter:
                 )
             time.sleep(pause)
             pause = min(LONGEST_LOOK_S, 2 * pause)
-        sidecars = [_sidecar(temporary, rank) for rank in range(self._rank.world)]
+        sidecars = [_sidecar(temporary, rank) for rank in range(1, self._rank.world)]
         parts = [json.loads(path.read_text(encoding="utf-8")) for path in sidecars]
-        if reason := next((part["failed"] for part in parts if "failed" in part), ""):
-            raise OutageError(reason)
         for path in sidecars:
             path.unlink()
         return parts
