@@ -100,7 +100,9 @@ class Checkpoint:
         for file, start, length in sorted(entry["slices"], key=lambda piece: piece[1]):
             high = min(end, start + length)
             if start <= position < high:
-                out[position - offset : high - offset] = self._open(file).get_slice(key)[position - start : high - start]
+                out[position - offset : high - offset] = self._open(file).get_slice(key)[
+                    position - start : high - start
+                ]
                 position = high
         if position != end:
             raise UserError(f"checkpoint: {self.directory} holds {position - offset} of {numel} elements of {key}")

@@ -148,12 +148,14 @@ class Copier:
         self._reports: deque[Report] = deque()
         self._lock = threading.Lock()
         self._busy: Path | None = None
-        self._wake, self._closing, self._hurry = threading.Event(), threading.Event(), threading.Event()
+        self._wake, self._news, self._hurry = threading.Event(), threading.Event(), threading.Event()
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="checkpoint-copy", daemon=True)
         self._thread.start()
 
     def notify(self) -> None:
         """A checkpoint is complete."""
+        self._news.set()
         self._wake.set()
 
     def poll(self) -> list[Report]:
@@ -168,7 +170,7 @@ class Copier:
 
     def close(self, *, wait_s: float | None) -> None:
         """Ends the thread after everything complete was copied or given up, but waits no longer than `wait_s`."""
-        self._closing.set()
+        self._closing = True
         self._wake.set()
         self._thread.join(wait_s)
         self._hurry.set()
@@ -180,10 +182,15 @@ class Copier:
         while not closing:
             self._wake.wait()
             self._wake.clear()
-            closing = self._closing.is_set()
-            for directory in reversed(complete_checkpoints(self._root)[-self._keep :]):
-                if not self._hurry.is_set():
-                    self._copy(directory)
+            closing = self._closing
+            if self._news.is_set():
+                self._news.clear()
+                self._copy_newest()
+
+    def _copy_newest(self) -> None:
+        for directory in reversed(complete_checkpoints(self._root)[-self._keep :]):
+            if not self._hurry.is_set():
+                self._copy(directory)
 
     def _copy(self, directory: Path) -> None:
         with self._lock:
@@ -191,8 +198,8 @@ class Copier:
                 return  # expired meanwhile
             self._busy = directory
         try:
-            self._patiently(step_of(directory), lambda: self._remote.mirror(directory))
-            self._patiently(step_of(directory), self._expire)
+            if self._patiently(step_of(directory), lambda: self._remote.mirror(directory)):
+                self._patiently(step_of(directory), self._expire)
         finally:
             with self._lock:
                 self._busy = None
@@ -203,16 +210,19 @@ class Copier:
         for step in expired(steps, newest_step=newest_step, keep=self._keep, keep_every=self._keep_every):
             self._remote.remove(step)
 
-    def _patiently(self, step: int, call: Callable[[], None]) -> None:
+    def _patiently(self, step: int, call: Callable[[], None]) -> bool:
         """Calls until it works, TRIES times; a failure is reported, for training does not depend on the copy."""
         delay = self._first_delay_s
         for tries in range(1, TRIES + 1):
             try:
-                return call()
+                call()
+                return True
             except Exception as error:  # each storage has errors of its own
                 if tries == TRIES or self._hurry.wait(delay):
-                    return self._report(step, f"{self._remote.reason(error)} ({tries} tries)")
+                    self._report(step, f"{self._remote.reason(error)} ({tries} tries)")
+                    break
             delay *= 2
+        return False
 
     def _report(self, step: int, reason: str) -> None:
         self._reports.append(Report.incident(step, what="checkpoint_copy", path=self._remote.name, reason=reason))

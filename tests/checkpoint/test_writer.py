@@ -150,7 +150,9 @@ def test_an_error_at_any_file_operation_leaves_the_checkpoint_before_and_no_rubb
     assert 10 < count < 199, "the loop ends with a save that nothing disturbed"
 
 
-def test_a_rank_that_fails_takes_the_save_with_it_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_fails_takes_the_save_with_it_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with writers(tmp_path, world=2) as ranks:
         save_all(ranks, 1, tensors(1))
         ranks[0].poll()
