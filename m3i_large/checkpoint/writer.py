@@ -210,7 +210,7 @@ class CheckpointWriter:
             self._reports.append(Report.incident(job.step, what="checkpoint", reason=reason))
 
     def _collect(self, temporary: Path) -> list[dict[str, Any]]:
-        """The other ranks' sidecars, in rank order; waits for them, failed ones too, so that nobody is still writing."""
+        """The other ranks' sidecars, in rank order; waits for all, failed or not, so that nobody still writes."""
         deadline, pause = time.monotonic() + self._patience_s, FIRST_LOOK_S
         missing = set(range(1, self._rank.world))
         while missing := {rank for rank in missing if not _sidecar(temporary, rank).exists()}:

@@ -1,4 +1,4 @@
-"""kill -9 at every file operation of a save, a write cut in the middle included: the old or the new checkpoint stands."""
+"""kill -9 at every file operation of a save, one in the middle of a write too: the old or the new checkpoint stands."""
 
 import os
 import shutil

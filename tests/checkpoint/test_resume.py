@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
 from ranks import run_ranks
@@ -120,7 +119,7 @@ def test_ranks_agree_on_what_one_of_them_finds(tmp_path: Path) -> None:
     assert results[0] == results[1] and results[0][0] == 1 and "differs" in results[0][1][0]
 
 
-# -- copies -------------------------------------------------------------------------------------------------------------
+# -- copies --------------------------------------------------------------------------------------------------
 
 
 def remote_url(kind: str, tmp_path: Path) -> str:
@@ -150,8 +149,7 @@ def test_a_partial_or_damaged_copy_is_passed_over(tmp_path: Path) -> None:
     flip(far / "step_00000002")
     saved, (report,) = newest_intact(tmp_path / "new", rank=ONE, copy=str(far))
     assert saved is not None and saved.step == 1 and report.step == 2
-    for step in (1, 2):
-        flip(far / f"step_0000000{step}") if step == 1 else None
+    flip(far / "step_00000001")
     with pytest.raises(UserError, match="are damaged"):
         newest_intact(tmp_path / "newer", rank=ONE, copy=str(far))
 
@@ -230,4 +228,3 @@ def test_secrets_are_not_shown() -> None:
     assert redacted("sftp://me@host/run") == "sftp://me@host/run" and redacted("/a/b") == "/a/b"
     with pytest.raises(UserError, match="checkpoint copy: nonsense://x: "):
         Remote("nonsense://x")
-    assert fsspec.get_filesystem_class("memory") is not None

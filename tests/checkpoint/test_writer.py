@@ -101,7 +101,7 @@ def test_state_without_room_for_a_copy_is_streamed(tmp_path: Path, monkeypatch: 
     assert torch.equal(Checkpoint(newest(tmp_path)).read_full("exp_avg/a"), tensors()["exp_avg/a"])
 
 
-# -- failures -----------------------------------------------------------------------------------------------------------
+# -- failures ------------------------------------------------------------------------------------------------
 
 
 def operations(monkeypatch: pytest.MonkeyPatch, fail_at: int, error: OSError) -> list[str]:
@@ -225,7 +225,7 @@ def test_a_full_file_system(tmp_path: Path) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
-# -- what stays ---------------------------------------------------------------------------------------------------------
+# -- what stays ----------------------------------------------------------------------------------------------
 
 
 def test_retention_keeps_the_newest_the_marked_and_later_ones() -> None:
