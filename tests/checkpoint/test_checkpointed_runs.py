@@ -59,7 +59,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(tiny: tupl
 
 
 def test_a_new_machine_goes_on_from_the_copy(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe_file, whole = tiny
+    recipe_file, _ = tiny
     result = pretrain("--recipe", recipe_file, "--out", tmp_path / "run")
     assert result.returncode == 0, result.stdout + result.stderr
     (resumed,) = [row for row in read_rows(tmp_path / "run/events.jsonl") if row["event"] == "resume"]

@@ -228,3 +228,17 @@ def test_secrets_are_not_shown() -> None:
     assert redacted("sftp://me@host/run") == "sftp://me@host/run" and redacted("/a/b") == "/a/b"
     with pytest.raises(UserError, match="checkpoint copy: nonsense://x: "):
         Remote("nonsense://x")
+
+
+def test_the_ten_lines_of_the_documentation_read_a_checkpoint(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    whole = {"master/a": torch.arange(35.0).reshape(7, 5), "buffer/count": torch.tensor(3)}
+    ranks = [CheckpointWriter(tmp_path, rank=at(r, 3), attempt=0, keep=1) for r in range(3)]
+    for r, writer in enumerate(ranks):
+        writer.save(1, state=memory_state(whole, rank=r, world=3), manifest={})
+    for writer in ranks:
+        writer.wait()
+    for name, tensor in whole.items():
+        assert (names["read"](newest(tmp_path), name) == tensor.numpy()).all()
