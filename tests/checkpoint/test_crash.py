@@ -14,6 +14,8 @@ import torch
 from states import at, memory_state, tensors
 
 from m3i_large.checkpoint import CheckpointWriter, newest_intact
+from m3i_large.checkpoint.directory import step_directories
+from m3i_large.checkpoint.reader import damage
 
 OPERATIONS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 
@@ -63,6 +65,7 @@ def crash_everywhere(root: Path, step: int, *, world: int, keep: int) -> int:
         states = [all(torch.equal(found[k], whole[k]) for k in whole) for whole in (old, new)]
         assert any(states) and (states[1] or not finished), n
         assert not list(run.glob(".*")), n
+        assert [damage(path) for path in step_directories(run)] == [""] * len(step_directories(run)), n
         assert (run / "latest").read_text().strip() == saved.directory.name
         shutil.rmtree(run)
         if finished:

@@ -253,6 +253,31 @@ def test_what_latest_names_is_never_removed(tmp_path: Path) -> None:
         assert Checkpoint(newest(tmp_path)).read_full("master/a").tolist() == tensors(11)["master/a"].tolist()
 
 
+def test_nothing_gets_its_name_before_its_bytes_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str]] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (seen.append(("fsync", Path(os.readlink(f"/proc/self/fd/{fd}")).name)), fsync(fd))[1]
+    )
+    monkeypatch.setattr(os, "rename", lambda a, b: (seen.append(("rename", Path(b).name)), rename(a, b))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(("rename", Path(b).name)), replace(a, b))[1])
+    with writers(tmp_path) as (writer,):
+        save_all([writer], 1, tensors())
+    assert seen == [
+        ("fsync", "rank_00000_of_00001.safetensors"),
+        ("fsync", ".manifest.json.tmp"),
+        ("rename", "manifest.json"),
+        ("fsync", ".step_00000001.attempt_0_save_1.tmp"),
+        ("rename", "step_00000001"),
+        ("fsync", tmp_path.name),
+        ("fsync", ".latest.tmp"),
+        ("rename", "latest"),
+        ("fsync", tmp_path.name),
+    ]
+
+
 def test_the_same_step_is_replaced_and_a_crash_between_the_two_moves_is_put_right(tmp_path: Path) -> None:
     final = step_directory(tmp_path, 1)
     with writers(tmp_path) as (writer,):
