@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -103,7 +103,10 @@ class Remote:
     def remove(self, step: int) -> None:
         """Removes a copy."""
         self._forget(step)
-        self._fs.rm(self._path(step), recursive=True)
+        for path in self._fs.find(self._path(step)):
+            self._fs.rm_file(path)
+        with suppress(OSError, NotImplementedError):  # object stores have no directories
+            self._fs.rmdir(self._path(step))
 
     def _get(self, step: int, name: str, directory: Path) -> None:
         try:

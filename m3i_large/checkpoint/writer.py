@@ -22,7 +22,6 @@ from m3i_large.checkpoint.directory import (
     complete_checkpoints,
     expired,
     into_place,
-    named_latest,
     remove,
     step_directory,
     step_of,
@@ -60,7 +59,7 @@ class CheckpointWriter:
     Args:
         root: the run's `checkpoints` directory, shared by all ranks.
         attempt: number of this start; with the count of saves it names temporary directories.
-        keep: how many complete checkpoints stay; the one that `latest` names always does.
+        keep: how many complete checkpoints stay, the one just saved (which `latest` names) included.
         keep_every: multiples of this step stay for good.
         background: write while training goes on, where memory has room for a copy of the state.
         copier: takes complete checkpoints elsewhere; the first rank's is used.
@@ -244,8 +243,6 @@ class CheckpointWriter:
     def _expire(self, job: Job) -> None:
         complete = {step_of(path): path for path in complete_checkpoints(self._root)}
         for step in expired(complete, newest_step=job.step, keep=self._keep, keep_every=self._keep_every):
-            if complete[step] == named_latest(self._root):
-                continue
             if self._copier is None:
                 remove(complete[step], job.token)
                 continue
