@@ -51,7 +51,9 @@ def pretrain_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--recipe", default="demo", help="name of a shipped recipe or a YAML file (default: demo)")
     parser.add_argument("--out", type=Path, default=None, help="run directory (default: runs/<recipe>)")
     parser.add_argument(
-        "--resume", default="auto", help="auto, never, or a run or checkpoint directory (default: auto)"
+        "--resume",
+        default="auto",
+        help="auto, never, a run or checkpoint directory, the URL of copies (default: auto)",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it

@@ -5,6 +5,7 @@ ready specs of sources that say `like: NAME` (specs/), under what the recipe set
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +41,10 @@ class TrainConfig(BaseModel):
     activation_checkpointing: bool = Field(True, description="recompute each block's activations in the backward pass")
     momentum_ema: MomentumConfig = MomentumConfig()
     checkpoint_every: int = Field(1000, gt=0, description="steps between checkpoints")
-    checkpoint_keep: int = Field(2, gt=0, description="complete checkpoints kept")
+    checkpoint_keep: int = Field(2, gt=0, description="newest complete checkpoints kept")
+    checkpoint_keep_every: int | None = Field(None, gt=0, description="checkpoints at its multiples stay for good")
+    checkpoint_async: bool = Field(True, description="write a copy in memory while training goes on, where it fits")
+    checkpoint_copy: str | None = Field(None, description="directory or URL that complete checkpoints are copied to")
     picture_every: int = Field(1000, ge=0, description="steps between pictures; 0 = none")
     signals_every: int = Field(50, gt=0, description="steps between collapse signals")
     log_every: int = Field(10, gt=0, description="steps between progress lines where there is no terminal")
@@ -55,6 +59,8 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of contrast_batch {self.contrast_batch}"
             )
+        if re.search(r"\?|://[^/]*:[^/]*@", self.checkpoint_copy or ""):
+            raise ValueError("checkpoint_copy holds credentials; needed: a URL without, and them in the environment")
         if self.steps is None and self.epochs is None:
             raise ValueError("neither steps nor epochs is set; needed: one of them")
         return self

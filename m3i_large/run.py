@@ -10,8 +10,10 @@ import torch
 import yaml
 
 from m3i_large import checkpoint
+from m3i_large.data.storage import is_url
 from m3i_large.errors import UserError
 from m3i_large.metrics import read_rows, write_json
+from m3i_large.parallel.comm import Rank, local_ranks
 from m3i_large.recipe import Recipe, validate
 
 Outcome = Literal["finished", "interrupted", "failed"]
@@ -60,7 +62,7 @@ def resolve_threads(choice: int | None) -> int:
     if choice is not None:
         return choice
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
+    return max(1, cores // local_ranks())
 
 
 def read_recipe(directory: Path) -> Recipe | None:
@@ -94,7 +96,7 @@ def open_run(directory: Path, recipe: Recipe, *, resume: str) -> Run:
     Args:
         recipe: resolved (see `resolve`).
         resume: `auto` (the newest checkpoint of this run, if any), `never` (a fresh directory is needed), or a
-            checkpoint or run directory to start from.
+            checkpoint or run directory, or the URL of copies, to start from.
 
     Raises:
         UserError: the directory holds another recipe's run or other files, or the checkpoint is not there.
@@ -103,9 +105,8 @@ def open_run(directory: Path, recipe: Recipe, *, resume: str) -> Run:
     if previous is None and directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"--out: {directory} holds files but no run; needed: an empty or new directory")
     if previous is not None and previous != recipe:
-        raise UserError(
-            f"--out: {directory} holds a run of another recipe ({_difference(previous, recipe)}); choose another --out"
-        )
+        changed = _difference(previous.to_dict(), recipe.to_dict())
+        raise UserError(f"--out: {directory} holds a run of another recipe ({changed}); choose another --out")
     if previous is not None and resume == "never":
         raise UserError(f"--resume never: {directory} already holds a run; choose another --out")
     attempt = 1 + max((row["attempt"] for row in read_rows(directory / EVENTS)), default=-1)
@@ -116,6 +117,8 @@ def _resume_point(directory: Path, resume: str) -> Path | None:
     own = checkpoint.newest(directory / "checkpoints")
     if resume in ("auto", "never") or own is not None:
         return own
+    if is_url(resume):
+        return None  # see resume_point
     path = Path(resume)
     found = path if (path / checkpoint.MANIFEST).is_file() else checkpoint.newest(path / "checkpoints")
     if found is None:
@@ -125,18 +128,80 @@ def _resume_point(directory: Path, resume: str) -> Path | None:
     return found
 
 
-def begin(run: Run, env: dict[str, Any]) -> None:
-    """Writes recipe.yaml and env.json and removes an earlier exit.json; the first rank calls it."""
+def resume_point(run: Run, *, resume: str, rank: Rank) -> tuple[checkpoint.Checkpoint | None, list[checkpoint.Report]]:
+    """The verified checkpoint to continue from, None for a new run, and what was found damaged; every rank calls it.
+
+    Args:
+        resume: as for `open_run`. The run's own checkpoints come first; `auto` looks for copies where it has none
+            (train.checkpoint_copy), a URL names them.
+
+    Raises:
+        UserError: the checkpoint that was named is damaged, or all of the run's own are, or the copies are of a run of
+            another recipe.
+    """
+    named = run.resume_from
+    if named is not None and named.parent != run.checkpoints:
+        if reason := checkpoint.verify(named, rank):
+            raise UserError(f"--resume: {named} is damaged: {reason}; needed: an intact checkpoint")
+        return checkpoint.Checkpoint(named, verify=False), []
+    own_copy = run.recipe.train.checkpoint_copy if resume == "auto" else None
+    copy = resume if is_url(resume) else own_copy
+    if copy is not None and rank.is_first:
+        claim(run)  # before anything is fetched into it
+    saved, reports = checkpoint.newest_intact(run.checkpoints, rank=rank, copy=copy)
+    if saved is None and is_url(resume):
+        raise UserError(f"--resume: got {checkpoint.redacted(resume)}, which holds no complete checkpoint")
+    if saved is not None and own_copy is not None and (changed := _other_recipe(saved, run.recipe)):
+        raise UserError(
+            f"train.checkpoint_copy: {own_copy} holds checkpoints of another recipe ({changed}); needed: a place for "
+            "this run alone"
+        )
+    return saved, reports
+
+
+def _other_recipe(saved: checkpoint.Checkpoint, recipe: Recipe) -> str:
+    """What differs in a checkpoint's recipe beside what each machine settles for itself; empty where nothing does."""
+    old, new = saved.manifest["recipe"], recipe.to_dict()
+    settled = {name: new["train"][name] for name in ("precision", "threads")}
+    old = {**old, "train": {**old["train"], **settled}}
+    return _difference(old, new) if old != new else ""
+
+
+def checkpoint_writer(run: Run, rank: Rank) -> checkpoint.CheckpointWriter:
+    """Saves this run's checkpoints as its recipe says."""
+    recipe = run.recipe.train
+    keep, keep_every, copier = recipe.checkpoint_keep, recipe.checkpoint_keep_every, None
+    if recipe.checkpoint_copy is not None and rank.is_first:
+        remote = checkpoint.Remote(recipe.checkpoint_copy)
+        copier = checkpoint.Copier(run.checkpoints, remote, keep=keep, keep_every=keep_every)
+    return checkpoint.CheckpointWriter(
+        run.checkpoints,
+        rank=rank,
+        attempt=run.attempt,
+        keep=keep,
+        keep_every=keep_every,
+        background=recipe.checkpoint_async,
+        copier=copier,
+    )
+
+
+def claim(run: Run) -> None:
+    """Makes the directory this run's: writes recipe.yaml."""
     run.directory.mkdir(parents=True, exist_ok=True)
-    (run.directory / EXIT).unlink(missing_ok=True)
     temporary = run.directory / f".{RECIPE}.tmp"
     temporary.write_text(run.recipe.to_yaml(), encoding="utf-8")
     os.replace(temporary, run.directory / RECIPE)
+
+
+def begin(run: Run, env: dict[str, Any]) -> None:
+    """Writes recipe.yaml and env.json and removes an earlier exit.json; the first rank calls it."""
+    claim(run)
+    (run.directory / EXIT).unlink(missing_ok=True)
     write_json(run.directory / ENV, env)
 
 
-def _difference(a: Recipe, b: Recipe) -> str:
-    old, new = _flat(a.to_dict()), _flat(b.to_dict())
+def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
+    old, new = _flat(a), _flat(b)
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     return f"{changed[0]} is {old.get(changed[0])!r} there, {new.get(changed[0])!r} here" if changed else "same values"
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from m3i_large import checkpoint
 from m3i_large.assembly import build_engine, restore, training_state
+from m3i_large.checkpoint import CheckpointWriter, Report
 from m3i_large.data.batch import Batch
 from m3i_large.data.loader import Loader
 from m3i_large.data.mixture import Mixture
 from m3i_large.data.sources import manifest_hash
+from m3i_large.errors import OutageError
 from m3i_large.metrics import MetricsWriter, append_row, environment, package_versions
 from m3i_large.models import LOG_SCALE_BOUNDS
 from m3i_large.objective import Objective
@@ -27,13 +28,15 @@ from m3i_large.parallel.state import Slice
 from m3i_large.pictures import write_input_picture
 from m3i_large.progress import Progress
 from m3i_large.recipe import Recipe
-from m3i_large.run import Outcome, Run, begin, open_run, read_exit, resolve
+from m3i_large.run import Outcome, Run, begin, checkpoint_writer, open_run, read_exit, resolve, resume_point
 from m3i_large.schedule import ema_momentum, learning_rate
 from m3i_large.step_totals import StepTotals
 from m3i_large.stop_signals import StopSignals
 from m3i_large.stream import check_world, make_loader, plan_mixture, prepare_sources, restore_mixture
 
 LOG_SCALE = "text_head.log_scale"
+# A stop has a grace period (the launcher: 30 s); copies that are not finished by then are made by the next start.
+COPIES_AT_STOP_S = 5.0
 
 
 def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank) -> Outcome:
@@ -41,13 +44,14 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank) -> Ou
 
     Args:
         ds: DeepSpeed JSON file (sharding only).
-        resume: `auto`, `never`, or a run or checkpoint directory.
+        resume: `auto`, `never`, a run or checkpoint directory, or the URL of copies.
 
     Returns:
         How the run ended; exit.json holds the same.
 
     Raises:
         UserError: something in the input is wrong; nothing was written then.
+        OutageError: the last checkpoint could not be saved.
     """
     recipe = resolve(recipe, out, rank.device)
     torch.set_num_threads(recipe.train.threads or 1)
@@ -60,7 +64,7 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank) -> Ou
     )
     ds_config = read_ds_config(ds, sizes, world=rank.world)
     sources = prepare_sources(recipe, rank)
-    saved = checkpoint.Checkpoint(run.resume_from) if run.resume_from else None
+    saved, found = resume_point(run, resume=resume, rank=rank)
     mixture = (
         restore_mixture(saved, sources, recipe)
         if saved
@@ -84,10 +88,11 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank) -> Ou
                 world=rank.world, device=rank.device, precision=recipe.train.precision, threads=torch.get_num_threads()
             ),
         )
-    loop = Loop(recipe, run, engine, target, mixture, manifest_hash(sources), rank, steps, progress)
+    saver = checkpoint_writer(run, rank)
+    loop = Loop(recipe, run, engine, target, mixture, manifest_hash(sources), rank, steps, progress, saver, found)
     start = saved.step if saved else 0
     loader = make_loader(recipe, mixture, sources, rank, run, start_step=start)
-    with StopSignals() as stop, loader as stream:
+    with StopSignals() as stop, saver, loader as stream:
         return loop.run(stream, start=start, stop=stop)
 
 
@@ -104,6 +109,8 @@ class Loop:
     rank: Rank
     steps: int
     progress: Progress
+    saver: CheckpointWriter
+    reports: list[Report]
     skipped: int = 0
     skipped_steps: list[int] = field(default_factory=list)
     collapsed: set[str] = field(default_factory=set)
@@ -115,6 +122,7 @@ class Loop:
         # The order of the sources is that of the audit's source column.
         sources = [{"name": order.name, "samples": order.n} for order in self.mixture.orders]
         writer.event("resume" if start else "start", step=start, world=self.rank.world, sources=sources)
+        self._tell(self.reports, writer)
         outcome: Outcome = "finished"
         done = start
         for step in range(start, self.steps):
@@ -138,14 +146,14 @@ class Loop:
             row |= self._timing(began, waited) | {"optim/momentum_ema": momentum, "optim/grad_norm": engine.grad_norm}
             row |= {"optim/lr": engine.group_settings()[0]["lr"], "optim/skipped": self.skipped}
             row |= {"data/retries": stream.retries}
-            writer.log({"step": step, "samples": (step + 1) * recipe.global_batch, **row})
-            self._alarm(row, step, writer)
-            self.progress.update(step, row)
             stopping = any_rank(stop.requested, self.rank)
             done = step + 1
             if stopping or done == self.steps or done % recipe.checkpoint_every == 0:
-                self.save(done)
-                writer.event("save", step=done)
+                row["time/checkpoint_s"] = self.save(done)
+            writer.log({"step": step, "samples": (step + 1) * recipe.global_batch, **row})
+            self._alarm(row, step, writer)
+            self.progress.update(step, row)
+            self._tell(self.saver.poll(), writer)
             if stopping and done < self.steps:
                 outcome = "interrupted"
                 writer.event("preempt", step=done, signal=stop.name)
@@ -158,8 +166,8 @@ class Loop:
         assert isinstance(self.engine.module, Objective)
         return self.engine.module
 
-    def save(self, step: int) -> None:
-        """Writes the checkpoint that continues with `step`."""
+    def save(self, step: int) -> float:
+        """Begins to save the checkpoint that continues with `step`; returns the seconds it held the training."""
         recipe = self.recipe
         manifest = {
             "applied_steps": self.engine.applied_steps,
@@ -172,14 +180,14 @@ class Loop:
             "versions": package_versions(),
             "world": self.rank.world,
         }
-        checkpoint.save(
-            self.directory.checkpoints,
-            step=step,
-            state=training_state(self.engine, self.target),
-            manifest=manifest,
-            rank=self.rank,
-            keep=recipe.train.checkpoint_keep,
-        )
+        return self.saver.save(step, state=training_state(self.engine, self.target), manifest=manifest)
+
+    def _tell(self, reports: list[Report], writer: MetricsWriter) -> None:
+        """Checkpoints that are complete, failed or were found damaged go into the events, trouble on the screen too."""
+        for report in reports:
+            writer.event(report.event, step=report.step, **report.details)
+            if report.line:
+                self.progress.say(report.line)
 
     def _writer(self) -> MetricsWriter:
         run, project = self.directory, self.recipe.train.wandb_project
@@ -241,10 +249,15 @@ class Loop:
 
     def _end(self, outcome: Outcome, *, step: int, writer: MetricsWriter) -> Outcome:
         self.progress.close()
-        writer.event("end", step=step, outcome=outcome)
+        failure = self.saver.finish(copies_s=None if outcome == "finished" else COPIES_AT_STOP_S)
+        self._tell(self.saver.poll(), writer)
+        message = f"checkpoint: the last one, step {step}, could not be saved: {failure}" if failure else ""
+        writer.event("end", step=step, outcome="failed" if failure else outcome)
         writer.close()
         if self.rank.is_first:
-            self.directory.ended(outcome, step=step)
+            self.directory.ended("failed" if failure else outcome, step=step, message=message)
+        if failure:
+            raise OutageError(message)
         more = "" if outcome == "finished" else "; the same command continues from here"
         self.progress.say(f"{self.directory.directory} {outcome} after {step} of {self.steps} steps{more}")
         barrier()

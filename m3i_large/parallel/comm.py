@@ -50,6 +50,11 @@ def start_distributed(*, timeout_s: float = 1800.0) -> Rank:
     return Rank(rank=dist.get_rank(), world=dist.get_world_size(), device=device)
 
 
+def local_ranks() -> int:
+    """How many ranks the launcher started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def stop_distributed() -> None:
     """Leaves the process group; without it a rank aborts at exit."""
     if dist.is_initialized():
@@ -98,6 +103,8 @@ class ProcessGroupCollectives:
 
 def gather_objects(value: Any, rank: Rank) -> list[Any]:
     """Small Python objects of every rank, in rank order, on every rank."""
+    if rank.world == 1:
+        return [value]
     values: list[Any] = [None] * rank.world
     dist.all_gather_object(values, value)
     return values
