@@ -11,7 +11,7 @@ The chunks are as many and as large on every rank, and `replay` runs every modul
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from m3i_large.objective.objective import Objective
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What `survey` brings home of a chunk."""
+class Seen(NamedTuple):
+    """What `survey` brings home of a chunk; a tuple, because DeepSpeed looks into what a root module returns."""
 
     targets: Targets
     vectors: Vectors | None

@@ -135,7 +135,8 @@ class Engine:
         """Accumulates gradients of loss / accumulation; reduces them over ranks as a mean.
 
         `more`: another backward pass of the same micro-step follows. Each pass must reach every trained parameter:
-        ZeRO-3's first one of a step overwrites the last step's gradients, later ones add to what they find.
+        ZeRO-3's first one of a step overwrites the last step's gradients, later ones add to what they find; stages 1
+        and 2 would reduce a sum over ranks again in every pass that may be a step's last.
         """
         # None: by DeepSpeed's own count of micro-steps, which is of calls of `step`.
         self.deepspeed.set_gradient_accumulation_boundary(False if more else None)

@@ -22,6 +22,7 @@ from m3i_large.micro_step import Cached, Direct, chunk_rows
 from m3i_large.objective import Objective
 from m3i_large.objective.cached import chunks, couple, survey
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
+from m3i_large.parallel.engine import Engine, partition
 from m3i_large.parallel.remat import rematerialize
 from m3i_large.recipe import Recipe, load_recipe, recipe_names, validate
 
@@ -260,6 +261,50 @@ def test_chunks_on_two_ranks_equal_one_process_at_once() -> None:
         wanted = ({k: v for k, v in losses.items() if not k.startswith("source/")}, grads)
         for result in results:
             assert_same(result[name], wanted, name)
+
+
+def train_both_ways(rank: Rank, stages: list[int]) -> dict[int, dict[str, Any]]:
+    """Two optimizer steps of two micro-steps by DeepSpeed itself, at once and in chunks, under each ZeRO stage."""
+    return {stage: {way: train_under(rank, stage, way) for way in ("direct", "cached")} for stage in stages}
+
+
+def train_under(rank: Rank, stage: int, way: str) -> tuple[list[bool], list[float], dict[str, Tensor]]:
+    recipe = small("m3i", VIT)
+    objective = make_objective(recipe, collectives=ProcessGroupCollectives(rank))
+    config = {"train_batch_size": 2 * N, "gradient_accumulation_steps": 2, "zero_allow_untested_optimizer": True}
+    config |= {"gradient_clipping": 0.0, "zero_optimization": {"stage": stage}}
+    if stage == 3:
+        partition(objective, config)
+    optimizer = torch.optim.SGD([p for _, p in trained(objective)], lr=0.5)
+    engine = Engine(objective, optimizer=optimizer, ds_config=config, rank=rank)
+    step = Direct(engine, accumulation=2) if way == "direct" else Cached(engine, accumulation=2, rows=BLOCK)
+    applied, norms = [], []
+    for number in range(4):
+        whole = make_batch(recipe)
+        whole = replace(whole, target_NHWC=whole.target_NHWC.roll(number, 0))
+        mine = slice(rank.rank * N // 2, (rank.rank + 1) * N // 2)
+        rows = {field: getattr(whole, field)[mine] for field in ROW_FIELDS}
+        partner = whole.partner_N[mine] - mine.start
+        step(replace(whole, **rows, partner_N=partner, text_rows=7, category_rows=3), signals=False)
+        applied.append(engine.step())
+        norms.append(engine.grad_norm)
+    return applied, norms[1::2], {n: whole_value(p) for n, p in trained(objective)}
+
+
+def whole_value(parameter: torch.nn.Parameter) -> Tensor:
+    if hasattr(parameter, "all_gather"):
+        parameter.all_gather()
+    return parameter.detach().clone()
+
+
+@pytest.mark.slow
+def test_under_every_zero_stage_chunks_accumulate_into_one_step() -> None:
+    for stage, ways in run_ranks(2, train_both_ways, [1, 2, 3])[0].items():
+        (applied, norms, weights), (_, wanted_norms, wanted) = ways["cached"], ways["direct"]
+        assert applied == [False, True, False, True], stage
+        assert norms == pytest.approx(wanted_norms, rel=1e-5), stage
+        for name, value in wanted.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def sized(contrast: str = "cached", mask: str = "mix", **train: Any) -> Recipe:
