@@ -147,7 +147,7 @@ def text_rows(term: TermConfig, texts: Texts, vectors: Vectors, collectives: Col
     all_text, all_token, all_real = gather(text_nF), gather(token_nT), gather(real_n)
     label_n = torch.arange(len(index_n), device=index_n.device) + (collectives.rank * len(index_n) if world else 0)
     # Equal captions are no negatives of each other; padded rows are nobody's.
-    same_nM = (token_nT[:, None] == all_token[None]).all(-1)
+    same_nM = _equal_rows(token_nT, all_token)
     other_nM = all_real[None] & ~same_nM
     allowed_nM = other_nM.scatter(1, label_n[:, None], True)
     loss_n = torch.zeros_like(text_nF[:, 0])
@@ -169,6 +169,14 @@ def _select(valid_N: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Indices of the valid rows, padded with others to a fixed number, and which of them are real."""
     index = torch.argsort(valid_N.logical_not().to(torch.int8), stable=True)[:rows]
     return index, valid_N[index]
+
+
+def _equal_rows(a_nT: Tensor, b_MT: Tensor) -> Tensor:
+    """Which rows are equal -> (n, M) bool; column by column, as n * M * T booleans can be gigabytes."""
+    same_nM = torch.ones(len(a_nT), len(b_MT), dtype=torch.bool, device=a_nT.device)
+    for a_n, b_M in zip(a_nT.T, b_MT.T, strict=True):
+        same_nM &= a_n[:, None] == b_M
+    return same_nM
 
 
 def _scatter(loss_n: Tensor, index_n: Tensor, real_n: Tensor, num_rows: int) -> Tensor:
