@@ -33,6 +33,12 @@ class TrainConfig(BaseModel):
     global_batch: int = Field(gt=0, description="N, samples per optimizer step")
     contrast_batch: int = Field(0, ge=0, description="samples that see each other as negatives; 0 = global_batch")
     micro_batch: int | None = Field(None, description="only asserts contrast_batch / number of ranks")
+    contrast: Literal["direct", "cached"] = Field(
+        "direct", description="rows pass the towers all at once, or chunk by chunk with the same losses and gradients"
+    )
+    chunk: int | None = Field(
+        None, gt=0, description="cached: rows per rank and pass; default: at most 64 (docs/scale.md)"
+    )
     steps: int | None = Field(None, gt=0, description="length in optimizer steps; replaces epochs")
     epochs: float | None = Field(None, gt=0, description="length in epochs of every source, weighted by its repeats")
     seed: int = Field(0, ge=0)
@@ -61,6 +67,8 @@ class TrainConfig(BaseModel):
             )
         if re.search(r"\?|://[^/]*:[^/]*@", self.checkpoint_copy or ""):
             raise ValueError("checkpoint_copy holds credentials; needed: a URL without, and them in the environment")
+        if self.chunk is not None and self.contrast == "direct":
+            raise ValueError(f"chunk: got {self.chunk} with contrast direct; needed: contrast cached, or no chunk")
         if self.steps is None and self.epochs is None:
             raise ValueError("neither steps nor epochs is set; needed: one of them")
         return self

@@ -17,8 +17,8 @@ from m3i_large.data.mixture import Mixture
 from m3i_large.data.sources import manifest_hash
 from m3i_large.errors import OutageError
 from m3i_large.metrics import MetricsWriter, append_row, environment, package_versions
+from m3i_large.micro_step import MicroStep, chunk_rows, micro_step
 from m3i_large.models import LOG_SCALE_BOUNDS
-from m3i_large.objective import Objective
 from m3i_large.objective.signals import collapsed
 from m3i_large.parallel.comm import Rank, any_rank, barrier
 from m3i_large.parallel.ds_config import StepSizes, read_ds_config
@@ -61,6 +61,7 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank) -> Ou
         accumulation=recipe.train.accumulation,
         clip=recipe.optim.clip,
         bf16=recipe.train.precision == "bf16",
+        chunked=recipe.train.contrast == "cached",
     )
     ds_config = read_ds_config(ds, sizes, world=rank.world)
     sources = prepare_sources(recipe, rank)
@@ -71,6 +72,7 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank) -> Ou
         else plan_mixture(recipe, [(s.num_samples, s.mean_bytes) for s in sources])
     )
     check_world(mixture, rank.world)
+    chunk = chunk_rows(recipe, slots=mixture.slots, world=rank.world)
     steps = recipe.train.steps or mixture.steps_for_epochs(recipe.train.epochs or 0)
     progress = Progress(run.directory, total=steps, enabled=rank.is_first, every=recipe.train.log_every)
     if saved and saved.step >= steps and read_exit(out).get("outcome") == "finished":
@@ -89,7 +91,8 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank) -> Ou
             ),
         )
     saver = checkpoint_writer(run, rank)
-    loop = Loop(recipe, run, engine, target, mixture, manifest_hash(sources), rank, steps, progress, saver, found)
+    how = micro_step(engine, recipe, rows=chunk)
+    loop = Loop(recipe, run, engine, how, target, mixture, manifest_hash(sources), rank, steps, progress, saver, found)
     start = saved.step if saved else 0
     loader = make_loader(recipe, mixture, sources, rank, run, start_step=start)
     with StopSignals() as stop, saver, loader as stream:
@@ -103,6 +106,7 @@ class Loop:
     recipe: Recipe
     directory: Run
     engine: Engine
+    micro_step: MicroStep
     target: ShardedEMA | None
     mixture: Mixture
     data_hash: str
@@ -131,14 +135,13 @@ class Loop:
             momentum = ema_momentum(step, steps=self.steps, config=recipe.momentum_ema)
             totals, waited = StepTotals(), 0.0
             applied = False
-            for micro_step in range(recipe.accumulation):
+            for number in range(recipe.accumulation):
                 before = time.perf_counter()
                 batch = next(stream)
                 waited += time.perf_counter() - before
-                self._record(batch, step=step, micro_step=micro_step)
-                losses = engine(batch.to(self.rank.device, non_blocking=True), signals=step % recipe.signals_every == 0)
-                engine.backward(losses["loss"])
-                losses |= self.objective.gradient_signals(micro_steps=recipe.accumulation)
+                self._record(batch, step=step, micro_step=number)
+                batch = batch.to(self.rank.device, non_blocking=True)
+                losses = self.micro_step(batch, signals=step % recipe.signals_every == 0)
                 applied = engine.step(after_update=partial(self._after_update, momentum=momentum))
                 totals.add(losses)
             self._count(applied, step, writer)
@@ -159,12 +162,6 @@ class Loop:
                 writer.event("preempt", step=done, signal=stop.name)
                 break
         return self._end(outcome, step=done, writer=writer)
-
-    @property
-    def objective(self) -> Objective:
-        """The engine's root module."""
-        assert isinstance(self.engine.module, Objective)
-        return self.engine.module
 
     def save(self, step: int) -> float:
         """Begins to save the checkpoint that continues with `step`; returns the seconds it held the training."""

@@ -202,6 +202,31 @@ def test_an_internimage_trains_the_same_losses_sharded_recomputed_and_resumed(da
     assert losses(again)[-1] == one[-1]
 
 
+def test_cached_contrast_trains_the_direct_runs_losses_and_resumes_to_the_bit(data: Path, tmp_path: Path) -> None:
+    """Chunk by chunk, with accumulation, on one and two ranks; every figure of the metrics is the direct run's."""
+    values = recipe(data, steps=4, contrast_batch=8, checkpoint_every=2, picture_every=0, signals_every=2)
+    values["objective"]["mix"] = {"block": 2}
+    for name, ranks, more in (
+        ("direct", 1, {}),
+        ("one", 1, {"contrast": "cached", "chunk": 4, "activation_checkpointing": True}),
+        ("two", 2, {"contrast": "cached", "chunk": 2}),
+    ):
+        path = write_recipe(tmp_path / f"{name}.yaml", values | {"train": values["train"] | more})
+        result = pretrain("--recipe", path, "--out", tmp_path / name, ranks=ranks)
+        assert result.returncode == 0, result.stdout + result.stderr
+    rows = {name: read_metrics(tmp_path / name) for name in ("direct", "one", "two")}
+    for name in ("one", "two"):
+        for step, (got, wanted) in enumerate(zip(rows[name], rows["direct"], strict=True)):
+            assert got.keys() == wanted.keys()
+            for key in wanted.keys() - {"data/wait_s", "time/step_s", "perf/samples_per_s", "perf/mem_gib"}:
+                assert got[key] == pytest.approx(wanted[key], rel=1e-3 if step else 2e-5, abs=1e-6), (name, step, key)
+    middle, again = tmp_path / "one/checkpoints/step_00000002", tmp_path / "again"
+    assert pretrain("--recipe", tmp_path / "one.yaml", "--out", again, "--resume", middle).returncode == 0
+    assert losses(again) == losses(tmp_path / "one")[2:]
+    first, second = master(again), master(tmp_path / "one")
+    assert first.keys() == second.keys() and all((first[k] == second[k]).all() for k in first)
+
+
 def seen(run: Path) -> dict[int, list]:
     """Samples of every step, whatever rank read them."""
     steps: dict[int, list] = {}

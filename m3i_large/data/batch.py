@@ -46,6 +46,14 @@ class Batch:
     def __len__(self) -> int:
         return self.target_NHWC.shape[0]
 
+    def rows(self, begin: int, end: int) -> "Batch":
+        """Rows begin to end - 1, whose partners must be among them."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut: dict[str, Any] = {k: v[begin:end] if isinstance(v, Tensor) else v for k, v in values.items()}
+        cut |= {"partner_N": cut["partner_N"] - begin}
+        cut |= {name: min(cut[name], end - begin) for name in ("text_rows", "category_rows")}
+        return Batch(**cut)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Returns a copy whose tensors are on `device`."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -254,6 +254,11 @@ class ObjectiveConfig(BaseModel):
         return any(term.target == target for term in self.terms)
 
     @property
+    def text_term(self) -> TermConfig:
+        """The term that predicts texts; there must be one."""
+        return next(term for term in self.terms if term.target == "text")
+
+    @property
     def encoder(self) -> str | None:
         """How image features are made into targets: ema, shared or frozen; None where no term needs them."""
         return next((t.encoder for t in self.terms if t.encoder in ("ema", "shared", "frozen")), None)

@@ -1,16 +1,15 @@
 """One step of any objective: input, student, targets, terms, one loss (METHOD sections 1-3; paper Eq. 3-5).
 
-Legend: N local rows, L = G * G tokens, K tokens of a reading, D width, E pooled width, C colours, H W pixels.
+The same parts serve a micro-batch at once (here) and in chunks (cached.py).
 
-Every loss is a mean over all valid rows of all ranks. A rank returns world * (sum of its rows) / (global count), so
-that the mean over ranks, which ZeRO takes of the gradients, is the global mean.
+Legend: N local rows, L = G * G tokens, K tokens of a reading, D width, E pooled width, C colours, H W pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from m3i_kernels.patch_mix import patch_mix
 from torch import Tensor, nn
 
@@ -18,11 +17,22 @@ from m3i_large.data.batch import OTHER_VIEW, TARGET_VIEW, Batch
 from m3i_large.errors import UserError
 from m3i_large.objective.collectives import Collectives
 from m3i_large.objective.config import ObjectiveConfig, TermConfig
+from m3i_large.objective.coupling import Chunk, Shared, Targets, cut, normalized, share, token_moment
 from m3i_large.objective.geometry import grid_position, relative_position
-from m3i_large.objective.posterior import second_moment
 from m3i_large.objective.readings import Reading, split_cells, take, visible_NL
-from m3i_large.objective.signals import GradientNorms, spread
-from m3i_large.objective.terms import Rows, category_rows, dense_rows, global_rows, pixel_targets, text_rows
+from m3i_large.objective.signals import GradientNorms
+from m3i_large.objective.terms import (
+    Rows,
+    Vectors,
+    category_rows,
+    dense_rows,
+    global_rows,
+    pixel_targets,
+    select_texts,
+    text_rows,
+    text_vectors,
+)
+from m3i_large.objective.totals import Totals
 
 VIEWS = {"target": TARGET_VIEW, "other": OTHER_VIEW}
 
@@ -98,7 +108,14 @@ class Objective(nn.Module):
         views = {view_of(term) for term in self.config.terms if term.dense}
         return len(views) if len(views) < 2 or 2 * self.num_visible != self.grid**2 else 1
 
-    def forward(self, batch: Batch, *, signals: bool = False) -> dict[str, Tensor]:
+    def forward(self, *inputs: Any, run: Callable[..., Any] | None = None, **settings: Any) -> Any:
+        """`losses` of the inputs, or `run(self, *inputs)`, a part of them (cached.py).
+
+        One entry, because a sharded parameter is present only inside the root module's forward.
+        """
+        return self.losses(*inputs, **settings) if run is None else run(self, *inputs, **settings)
+
+    def losses(self, batch: Batch, *, signals: bool = False) -> dict[str, Tensor]:
         """Losses of one micro-batch, keyed as in metrics.jsonl.
 
         Returns "loss" (with graph), "loss/<term>", "source/<term>" (num_sources, 2) with the sum and count of row
@@ -106,23 +123,17 @@ class Objective(nn.Module):
         prediction_std, prediction_rank}" of image features and "cosine/<term>/{positive, negative}" of contrasted
         pairs; `gradient_signals` adds to those after the backward pass.
         """
-        self._gradients = GradientNorms() if signals else None
+        totals = self.totals(batch, signals=signals)
+        texts = select_texts(batch) if self.config.has("text") else None
+        (chunk,) = cut(batch, texts, rows=len(batch))
         image, own = self._images(batch)
-        readings = self._encode(batch, image)
-        rows: dict[str, Rows] = {}
-        if self.config.dense or self.config.has("global"):
-            rows |= self._image_rows(batch, own, readings)
-        labelled = [term for term in self.config.terms if term.target in ("category", "text")]
-        # One vector per image from every reading: as image i and as image j. Its gradient tells terms apart only where
-        # each has its own.
-        pooled = self._pooled("+".join(term.name for term in labelled), readings) if labelled and not signals else []
-        for term in labelled:
-            vectors = self._pooled(term.name, readings) if signals else pooled
-            if term.target == "category":
-                rows[term.name] = category_rows(term, batch, vectors, self.category_head)
-            else:
-                rows[term.name] = text_rows(term, batch, vectors, self.text, self.text_head, self.collectives)
-        return self._sum(batch, rows, signals=signals)
+        targets = self.targets(own)
+        rows, vectors = self.rows(chunk, image, own, targets, self.share([targets], num_rows=len(batch)))
+        if texts is not None and vectors is not None:
+            term = self.config.text_term
+            rows[term.name] = text_rows(term, texts, vectors, self.collectives)
+        loss = totals.add(batch, rows)
+        return totals.losses() | {"loss": loss}
 
     def gradient_signals(self, *, micro_steps: int) -> dict[str, Tensor]:
         """Keyed "gradient/<term>": the norm of the weighted term's gradient by the student's tokens.
@@ -135,7 +146,12 @@ class Objective(nn.Module):
         names = [term.name for term in self.config.terms]
         return self._gradients.collect(names, collectives=self.collectives, scale=micro_steps)
 
-    # -- the parts, in the order of forward ---------------------------------------------------------------------------
+    # -- the parts, in the order of `losses` --------------------------------------------------------------------------
+
+    def totals(self, batch: Batch, *, signals: bool) -> Totals:
+        """Begins a micro-batch."""
+        self._gradients = GradientNorms() if signals else None
+        return Totals(self.config, batch, collectives=self.collectives, num_sources=self.num_sources, signals=signals)
 
     @torch.no_grad()
     def _images(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -180,40 +196,84 @@ class Objective(nn.Module):
         every_NL = torch.arange(self.grid**2, device=token.device).expand(len(batch), -1)
         return [Reading(VIEWS[given.view], token, every_NL)]
 
-    def _image_rows(self, batch: Batch, own: Tensor, readings: list[Reading]) -> dict[str, Rows]:
-        """Terms whose target is made of the image: pixels, dense features, a global feature."""
+    @torch.no_grad()
+    def targets(self, own: Tensor) -> Targets:
+        """What the target encoder, or the student where they share weights, makes of the target views."""
+        if self.config.encoder is None:
+            return Targets()
+        feature = self._features(own)
+        pooled = self._pooled_target(feature) if self.config.has("global") else None
+        return Targets(feature if self.config.dense else None, pooled, token_moment(self.config, feature))
+
+    def share(self, targets: list[Targets], *, num_rows: int) -> Shared:
+        """What all rows of all ranks share, of the targets of this rank's `num_rows` rows."""
+        return share(self.config, targets, num_tokens=num_rows * self.grid**2, collectives=self.collectives)
+
+    def rows(
+        self, chunk: Chunk, image: Tensor, own: Tensor, targets: Targets, shared: Shared
+    ) -> tuple[dict[str, Rows], Vectors | None]:
+        """Row losses of every term but text, whose rows have their losses together: of that the vectors.
+
+        Args:
+            image, own: from `_images`.
+        """
+        batch = chunk.batch
+        readings = self._encode(batch, image)
+        rows = self._dense_rows(batch, own, readings, targets, shared) if self.config.dense else {}
+        if self.config.has("global"):
+            rows |= self._global_rows(chunk, readings, targets, shared)
+        vectors = None
+        labelled = [term for term in self.config.terms if term.target in ("category", "text")]
+        # One vector per image from every reading: as image i and as image j. Its gradient tells terms apart only where
+        # each has its own.
+        apart = self._gradients is not None
+        pooled = self._pooled("+".join(term.name for term in labelled), readings) if labelled and not apart else []
+        for term in labelled:
+            read = self._pooled(term.name, readings) if apart else pooled
+            if term.target == "category":
+                rows[term.name] = category_rows(term, batch, read, self.category_head)
+            else:
+                vectors = self._vectors(read, chunk)
+        return rows, vectors
+
+    def vectors(self, chunk: Chunk, image: Tensor) -> Vectors:
+        """Images and texts in their shared space."""
+        return self._vectors(self._pooled(self.config.text_term.name, self._encode(chunk.batch, image)), chunk)
+
+    def _vectors(self, pooled: list[Tensor], chunk: Chunk) -> Vectors:
+        assert chunk.token_nT is not None, "cut with the texts that the recipe has"
+        return text_vectors(pooled, chunk.token_nT, self.text, self.text_head)
+
+    def _dense_rows(
+        self, batch: Batch, own: Tensor, readings: list[Reading], targets: Targets, shared: Shared
+    ) -> dict[str, Rows]:
+        """Terms that predict every patch: pixels or features."""
         by_view = {reading.view: reading for reading in readings}
         dense = [term for term in self.config.terms if term.dense]
-        pooled = [term for term in self.config.terms if term.target == "global"]
-        rows: dict[str, Rows] = {}
-        feature = None if self.config.encoder is None else self._features(own)
-        if dense:
-            predicted = self._decode(batch, by_view, {view_of(term): term.name for term in dense})
-            if dense[0].target == "pixels":
-                target = pixel_targets(own, patch=self.student.token_stride)
-            else:
-                assert feature is not None, "checked with the recipe"
-                target = F.layer_norm(feature.float(), feature.shape[-1:])
-            moment_DD = None
-            if any(term.decorrelation for term in dense):
-                count = target.shape[0] * target.shape[1] * self.collectives.world
-                moment_DD = self.collectives.all_reduce_sum(second_moment(target)) / count
-            rows |= {t.name: dense_rows(t, predicted[view_of(t)], target, moment_DD) for t in dense}
-        if pooled:
-            reading = by_view[view_of(pooled[0])]
-            token = self._tap(pooled[0].name, reading.token_NKD)
-            predicted_NE = reading.by_image(self.global_head(self.pool(token)))
-            target_NE = self._pooled_target(feature)
-            rows |= {t.name: global_rows(t, predicted_NE, target_NE, self.collectives) for t in pooled}
-        return rows
+        predicted = self._decode(batch, by_view, {view_of(term): term.name for term in dense})
+        if dense[0].target == "pixels":
+            target = pixel_targets(own, patch=self.student.token_stride)
+        else:
+            assert targets.feature_NLD is not None, "checked with the recipe"
+            target = normalized(targets.feature_NLD)
+        return {t.name: dense_rows(t, predicted[view_of(t)], target, shared.moment_DD) for t in dense}
+
+    def _global_rows(self, chunk: Chunk, readings: list[Reading], targets: Targets, shared: Shared) -> dict[str, Rows]:
+        """The term that predicts one vector of an image."""
+        (term,) = (term for term in self.config.terms if term.target == "global")
+        reading = next(reading for reading in readings if reading.view == view_of(term))
+        token = self._tap(term.name, reading.token_NKD)
+        predicted_NE = reading.by_image(self.global_head(self.pool(token)))
+        assert targets.pooled_NE is not None, "checked with the recipe"
+        first = shared.first + chunk.begin
+        return {term.name: global_rows(term, predicted_NE, targets.pooled_NE, shared.candidate_ME, first=first)}
 
     @torch.no_grad()
     def _features(self, own: Tensor) -> Tensor:
         """Tokens of the target views by the target encoder, or by the student where they share weights."""
         return (self.student if self.config.encoder == "shared" else self.target).tokens(own)
 
-    @torch.no_grad()
-    def _pooled_target(self, feature_NLD: Tensor | None) -> Tensor:
+    def _pooled_target(self, feature_NLD: Tensor) -> Tensor:
         return (self.pool if self.config.encoder == "shared" else self.target_pool)(feature_NLD)
 
     def _tap(self, name: str, token: Tensor) -> Tensor:
@@ -250,25 +310,6 @@ class Objective(nn.Module):
         else:
             vectors = tuple(self.pool(token) for token in tokens)
         return [reading.by_image(vector) for reading, vector in zip(readings, vectors, strict=True)]
-
-    def _sum(self, batch: Batch, rows: dict[str, Rows], *, signals: bool) -> dict[str, Tensor]:
-        """Means over the global number of valid rows, the weighted sum, each source's share, and the signals."""
-        out: dict[str, Tensor] = {}
-        total = torch.zeros((), device=batch.box_NV4.device)
-        local = torch.stack([row.valid_N.sum() for row in rows.values()]).float()
-        counts = self.collectives.all_reduce_sum(local).clamp_min(1)
-        weights = {term.name: term.weight for term in self.config.terms}
-        for (name, row), count in zip(rows.items(), counts, strict=True):
-            loss_N = torch.where(row.valid_N, row.loss_N, torch.zeros_like(row.loss_N))
-            loss = self.collectives.world * loss_N.sum() / count
-            out[f"loss/{name}"] = loss.detach()
-            total = total + weights[name] * loss
-            pairs = torch.stack([loss_N.detach(), row.valid_N.float()], dim=-1)
-            out[f"source/{name}"] = pairs.new_zeros(self.num_sources, 2).index_add_(0, batch.source_N, pairs)
-            out |= row.metrics
-            if signals:
-                out |= spread(name, row, self.collectives)
-        return out | {"loss": total}
 
 
 def view_of(term: TermConfig) -> int:

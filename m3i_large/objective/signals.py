@@ -30,31 +30,45 @@ def collapsed(row: Mapping[str, float], config: ObjectiveConfig) -> list[str]:
     return found
 
 
-@torch.no_grad()
-def spread(name: str, rows: Rows, collectives: Collectives) -> dict[str, Tensor]:
-    """Standard deviation over rows and tokens (mean over channels) and effective rank of a term's targets and
+class Spread:
+    """Standard deviation over rows and tokens (mean over channels) and effective rank of the terms' targets and
     predictions; mean cosine of positives and of negatives where pairs are contrasted."""
-    out: dict[str, Tensor] = {}
-    for prefix, value in (("", rows.target), ("prediction_", rows.predicted)):
-        if value is not None:
-            std, rank = _std_and_rank(value.float(), collectives)
-            out |= {f"collapse/{name}/{prefix}std": std, f"collapse/{name}/{prefix}rank": rank}
-    if rows.cosines is not None:
-        cosine_nM, *pairs = rows.cosines
-        for kind, chosen_nM in zip(("positive", "negative"), pairs, strict=True):
-            sums = torch.stack([(cosine_nM * chosen_nM).sum(), chosen_nM.sum().float()])
-            total, count = collectives.all_reduce_sum(sums)
-            out[f"cosine/{name}/{kind}"] = total / count.clamp_min(1)
-    return out
 
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, ...]] = {}  # the last of each is a count
 
-def _std_and_rank(feature: Tensor, collectives: Collectives) -> tuple[Tensor, Tensor]:
-    flat_nLD = feature if feature.dim() == 3 else feature[:, None]
-    count = flat_nLD.shape[0] * flat_nLD.shape[1] * collectives.world
-    moment_DD = collectives.all_reduce_sum(second_moment(flat_nLD)) / count
-    mean_D = collectives.all_reduce_sum(flat_nLD.sum((0, 1))) / count
-    covariance = moment_DD - torch.outer(mean_D, mean_D)
-    return covariance.diagonal().clamp_min(0).sqrt().mean(), effective_rank(covariance)
+    @torch.no_grad()
+    def add(self, name: str, rows: Rows) -> None:
+        """Takes some rows of a term."""
+        for prefix, value in (("", rows.target), ("prediction_", rows.predicted)):
+            if value is not None:
+                flat_nLD = (value if value.dim() == 3 else value[:, None]).float()
+                count = flat_nLD.new_tensor(flat_nLD.shape[0] * flat_nLD.shape[1])
+                self._take(f"collapse/{name}/{prefix}", second_moment(flat_nLD), flat_nLD.sum((0, 1)), count)
+        if rows.cosines is not None:
+            cosine_nM, *pairs = rows.cosines
+            for kind, chosen_nM in zip(("positive", "negative"), pairs, strict=True):
+                self._take(f"cosine/{name}/{kind}", (cosine_nM * chosen_nM).sum(), chosen_nM.sum().float())
+
+    def _take(self, key: str, *sums: Tensor) -> None:
+        held = self._sums.get(key)
+        self._sums[key] = sums if held is None else tuple(a + b for a, b in zip(held, sums, strict=True))
+
+    @torch.no_grad()
+    def collect(self, collectives: Collectives) -> dict[str, Tensor]:
+        """Keyed "collapse/<term>/{std, rank, prediction_std, prediction_rank}", "cosine/<term>/{positive, negative}",
+        over the rows of all ranks."""
+        out: dict[str, Tensor] = {}
+        for key, sums in self._sums.items():
+            *totals, count = (collectives.all_reduce_sum(value) for value in sums)
+            first, *more = (total / count.clamp_min(1) for total in totals)
+            if not more:
+                out[key] = first
+                continue
+            covariance_DD = first - torch.outer(more[0], more[0])
+            out[f"{key}std"] = covariance_DD.diagonal().clamp_min(0).sqrt().mean()
+            out[f"{key}rank"] = effective_rank(covariance_DD)
+        return out
 
 
 class GradientNorms:

@@ -29,12 +29,16 @@ BLOCK = "aio.block_size"
 
 @dataclass(frozen=True, kw_only=True)
 class StepSizes:
-    """What DeepSpeed must know of the batch: rows per rank and micro-step, and micro-steps per optimizer step."""
+    """What DeepSpeed must know of the batch: rows per rank and micro-step, and micro-steps per optimizer step.
+
+    `chunked`: a micro-step has several backward passes.
+    """
 
     micro_batch: int
     accumulation: int
     clip: float
     bf16: bool
+    chunked: bool = False
 
 
 def read_ds_config(path: Path, sizes: StepSizes, *, world: int) -> dict[str, Any]:
@@ -62,10 +66,10 @@ def read_ds_config(path: Path, sizes: StepSizes, *, world: int) -> dict[str, Any
     if stage > 1 and sizes.bf16:
         # Sums of micro-steps, and on NVMe no second copy of the gradients.
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    elif sizes.bf16 and sizes.accumulation > 1:
+    elif sizes.bf16 and (sizes.accumulation > 1 or sizes.chunked):
         raise UserError(
-            f"--ds: {path} is ZeRO-1, which would add up {sizes.accumulation} micro-steps' gradients in bf16; "
-            "needed: stage 2 or 3, or train.contrast_batch equal to train.global_batch"
+            f"--ds: {path} is ZeRO-1, which would add up the gradients of several backward passes in bf16; needed: "
+            "stage 2 or 3, or contrast direct with train.contrast_batch equal to train.global_batch"
         )
     for key, source in RECIPE_KEYS.items():
         if key in config and config[key] not in ("auto", ours.get(key)):

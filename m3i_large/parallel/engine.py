@@ -79,8 +79,15 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.deepspeed(*args, **kwargs)
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulates gradients of loss / accumulation; reduces them over ranks as a mean."""
+    def backward(self, loss: Tensor, *, more: bool = False) -> None:
+        """Accumulates gradients of loss / accumulation; reduces them over ranks as a mean.
+
+        `more`: another backward pass of the same micro-step follows. Each pass must reach every trained parameter:
+        ZeRO-3's first one of a step overwrites the last step's gradients, later ones add to what they find; stages 1
+        and 2 would reduce a sum over ranks again in every pass that may be a step's last.
+        """
+        # None: by DeepSpeed's own count of micro-steps, which is of calls of `step`.
+        self.deepspeed.set_gradient_accumulation_boundary(False if more else None)
         self.deepspeed.backward(loss)
 
     def step(self, after_update: AfterUpdate | None = None) -> bool:

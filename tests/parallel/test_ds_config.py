@@ -45,7 +45,7 @@ def test_what_the_recipe_decides_is_written_and_a_contradiction_is_refused(tmp_p
     [
         (0, {}, "stage to 0; needed: 1, 2 or 3"),
         ("3", {}, "stage to '3'"),
-        (1, {}, "add up 2 micro-steps' gradients in bf16"),
+        (1, {}, "add up the gradients of several backward passes in bf16"),
         (2, {"offload_optimizer": {"device": "nvme"}}, "needed for that: zero_optimization.stage 3"),
         (2, {"offload_param": {"device": "cpu"}}, "needed for that: zero_optimization.stage 3"),
         (3, {"offload_optimizer": {"device": "disk"}}, "device to 'disk'; needed: one of none, cpu, nvme"),

@@ -15,7 +15,7 @@ from m3i_large.assembly import build_engine, training_state
 from m3i_large.bench import random_batch
 from m3i_large.build import build_objective
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
-from m3i_large.parallel.engine import StepSizes, read_ds_config
+from m3i_large.parallel.ds_config import StepSizes, read_ds_config
 from m3i_large.plan.comm import collectives
 from m3i_large.plan.devices import find_gpu
 from m3i_large.plan.parameters import parameter_table

@@ -1,0 +1,91 @@
+"""One micro-step of training: the losses of a micro-batch and its gradients, at once or chunk by chunk."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from m3i_large.data.batch import Batch
+from m3i_large.errors import UserError
+from m3i_large.objective import Objective
+from m3i_large.objective.cached import chunks, couple, replay, survey
+from m3i_large.parallel.engine import Engine
+from m3i_large.recipe import Recipe
+
+# A chunk of this many images keeps a GPU busy with a ViT-B/16 at 224 pixels; the derived size stays below it.
+ROWS = 64
+
+
+class MicroStep(Protocol):
+    """Calls the objective through the engine and leaves its gradients there; the engine's step is the caller's."""
+
+    def __call__(self, batch: Batch, *, signals: bool) -> dict[str, Tensor]:
+        """Losses, and with `signals` everything that `Objective.losses` and `gradient_signals` report."""
+        ...
+
+
+class Direct:
+    """All rows in one forward and one backward pass."""
+
+    def __init__(self, engine: Engine, *, accumulation: int) -> None:
+        self.engine, self.accumulation = engine, accumulation
+
+    def __call__(self, batch: Batch, *, signals: bool) -> dict[str, Tensor]:
+        losses = self.engine(batch, signals=signals)
+        self.engine.backward(losses["loss"])
+        return losses | objective_of(self.engine).gradient_signals(micro_steps=self.accumulation)
+
+
+class Cached:
+    """The same losses and gradients with the activations of `rows` rows at a time (objective/cached.py)."""
+
+    def __init__(self, engine: Engine, *, accumulation: int, rows: int) -> None:
+        self.engine, self.accumulation, self.rows = engine, accumulation, rows
+
+    def __call__(self, batch: Batch, *, signals: bool) -> dict[str, Tensor]:
+        objective = objective_of(self.engine)
+        parts, texts = chunks(objective, batch, rows=self.rows)
+        seen = [self.engine(part, run=survey) for part in parts]
+        given = couple(objective, batch, texts, seen, signals=signals)
+        for part, needs in zip(parts, given, strict=True):
+            share = self.engine(part, needs, run=replay)
+            self.engine.backward(share, more=part is not parts[-1])
+        return given[0].totals.losses() | objective.gradient_signals(micro_steps=self.accumulation)
+
+
+def micro_step(engine: Engine, recipe: Recipe, *, rows: int | None) -> MicroStep:
+    """How the recipe wants its micro-steps; `rows` from `chunk_rows`."""
+    accumulation = recipe.train.accumulation
+    if rows is None:
+        return Direct(engine, accumulation=accumulation)
+    return Cached(engine, accumulation=accumulation, rows=rows)
+
+
+def objective_of(engine: Engine) -> Objective:
+    """The engine's root module."""
+    assert isinstance(engine.module, Objective)
+    return engine.module
+
+
+def chunk_rows(recipe: Recipe, *, slots: int, world: int) -> int | None:
+    """Rows of a chunk on each of `world` ranks; None where the contrast is direct.
+
+    As `train.chunk` says, else the largest possible size up to 64, else the smallest. Possible is what divides a rank's
+    rows and, in a mix, holds whole blocks of mixing partners (`objective.mix.block`, else a lane's `slots`).
+
+    Raises:
+        UserError: train.chunk is not possible.
+    """
+    train, given = recipe.train, recipe.objective
+    if train.contrast == "direct":
+        return None
+    num_rows = train.micro_batch_at(world)
+    block = (given.mix.block or slots) if given.input.mask == "mix" else 1
+    possible = [rows for rows in range(block, num_rows + 1, block) if num_rows % rows == 0]
+    if train.chunk is None:
+        return max((rows for rows in possible if rows <= ROWS), default=possible[0])
+    if train.chunk not in possible:
+        raise UserError(
+            f"train.chunk: got {train.chunk}; needed: one of {', '.join(map(str, possible))} (it divides a rank's "
+            f"{num_rows} rows and holds whole mix blocks of {block}), or none, to have it derived"
+        )
+    return train.chunk
