@@ -1,4 +1,7 @@
-"""Commands: `m3i ...` and what the launchers call. Exit status 0 success, 2 user error (one line), 1 anything else."""
+"""Commands: `m3i ...` and what the launchers call. Exit status 0 success, 2 user error (one line), 1 anything else.
+
+`pretrain` alone has one more, INTERRUPTED: stopped by a signal, everything saved, to be started again.
+"""
 
 import argparse
 import json
@@ -14,7 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from m3i_large.cli_data import data_app
-from m3i_large.errors import OutageError, UserError
+from m3i_large.errors import DivergenceError, OutageError, UserError
 
 app = typer.Typer(
     help="M3I pre-training: recipes, data, evaluation, reports. Every command takes --debug (traceback of an error).",
@@ -24,6 +27,8 @@ app = typer.Typer(
 )
 # What typer raises for a wrong command line; it carries click inside and exports this subclass only.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+# EX_TEMPFAIL of sysexits.h: no failure, but not finished either; a scheduler can be told to requeue on it.
+INTERRUPTED = 75
 bench_app = typer.Typer(help="Speed.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
@@ -33,7 +38,7 @@ def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
     """Runs a command; a user's mistake becomes one line on standard error and status 2, an outage one and status 1."""
     try:
         return command()
-    except (UserError, OutageError) as error:
+    except (UserError, OutageError, DivergenceError) as error:
         if debug:
             traceback.print_exc()
         elif isinstance(error, OutageError) or os.environ.get("RANK", "0") == "0":
@@ -51,6 +56,9 @@ def pretrain(arguments: list[str]) -> int:
     parser.add_argument(
         "--resume", default="auto", help="auto, never, or a run or checkpoint directory (default: auto)"
     )
+    parser.add_argument(
+        "--profile", default=None, metavar="START:STEPS", help="steps whose trace goes to <out>/profile"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="recipe fields to change, or scale=demo")
@@ -66,16 +74,17 @@ def pretrain(arguments: list[str]) -> int:
             )
         # Importing the trainer takes seconds (DeepSpeed, transformers): only once the arguments make sense.
         from m3i_large.parallel.comm import start_distributed, stop_distributed
+        from m3i_large.profiling import Window
         from m3i_large.train import train
 
+        profile = Window.parse(options.profile) if options.profile else None
+        out = options.out or Path("runs") / recipe.name
         rank = start_distributed()
         try:
-            outcome = train(
-                recipe, ds=options.ds, out=options.out or Path("runs") / recipe.name, resume=options.resume, rank=rank
-            )
+            outcome = train(recipe, ds=options.ds, out=out, resume=options.resume, rank=rank, profile=profile)
         finally:
             stop_distributed()
-        return 0 if outcome == "finished" else 1
+        return {"finished": 0, "interrupted": INTERRUPTED}.get(outcome, 1)
 
     return guarded(run, debug=options.debug)
 

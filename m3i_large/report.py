@@ -97,7 +97,7 @@ def _evaluation(results: Rows) -> str:
 
 
 def _curves(rows: Rows, run: Path) -> str:
-    names = [k for k in rows[-1] if k.startswith("loss/")]
+    names = list(dict.fromkeys(k for row in rows for k in row if k.startswith("loss/")))  # a step left out has none
     terms = [k for k in names if k.count("/") == 1]
     restarts = [e["step"] for e in read_rows(run / EVENTS) if e["event"] == "resume"]
     charts = [

@@ -5,12 +5,14 @@ its run of every target parameter, feeds it from the student's fp32 master weigh
 rounds it into the run that the target's forward pass gathers.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
 from m3i_kernels.ema_update import ema_update
 from torch import Tensor, nn
 
+from m3i_large.parallel.comm import ProcessGroupCollectives
 from m3i_large.parallel.engine import Engine, full_shape
 from m3i_large.parallel.state import MemoryState, Slice, State
 
@@ -56,6 +58,17 @@ class ShardedEMA:
             self._engine.release(twin)
         for buffer, copy in self._buffers.values():
             copy.copy_(buffer)
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """|student - target| / |student| in L2 over all averaged parameters; one reduction, every rank calls it."""
+        squares = torch.zeros(2, dtype=torch.float64, device=self._engine.rank.device)
+        for name, (parameter, _) in self._pairs.items():
+            student = self._engine.master(parameter).values
+            apart = student - self._shadow[name].to(student.device)
+            squares += torch.stack([apart.square().sum(), student.square().sum()]).to(squares)
+        apart_2, student_2 = ProcessGroupCollectives(self._engine.rank).all_reduce_sum(squares).tolist()
+        return math.sqrt(apart_2 / student_2) if student_2 else 0.0
 
     def state(self) -> State:
         """Slices of the fp32 average, keyed `ema/<name in the engine's module>`."""
