@@ -79,6 +79,7 @@ class Guard:
         self._detector = SpikeDetector(window=spike.window, factor=spike.factor)
         self._streak: list[int] = []
         self._undo = False  # the streak holds steps that were applied
+        self._last_bad, self.rewinds = -1, 0  # rewinds since a step after the bad ones was good
         self._high = False
 
     def judge(self, step: int, *, applied: bool, loss: float) -> Judgement:
@@ -96,6 +97,7 @@ class Guard:
         if self._undo:
             return Judgement("good", reload=True)
         self._streak.clear()
+        self.rewinds = self.rewinds if step <= self._last_bad else 0
         return Judgement("spike" if first else "good")  # a loss that stays high is told once
 
     @property
@@ -110,5 +112,6 @@ class Guard:
     def rewind(self, step: int) -> None:
         """Back to before `step`: the streak's steps are left out from now on."""
         self.skip_steps.update(self._streak)
+        self._last_bad, self.rewinds = max(self._streak), self.rewinds + 1
         self._streak, self._undo, self._high = [], False, False
         self._detector.rewind(step)

@@ -46,7 +46,7 @@ class TrainConfig(BaseModel):
     signals_every: int = Field(50, gt=0, description="steps between collapse signals")
     log_every: int = Field(10, gt=0, description="steps between progress lines where there is no terminal")
     max_skipped: int = Field(5, gt=0, description="bad steps in a row after which the last good checkpoint is reloaded")
-    max_reloads: int = Field(3, ge=0, description="reloads of one checkpoint after which the run fails")
+    max_reloads: int = Field(3, ge=0, description="reloads without a good step after which the run fails")
     skip_steps: list[int] = Field([], description="steps that are drawn but not applied")
     spike: SpikeConfig = SpikeConfig()
     timeout_s: float = Field(600.0, gt=0, description="a rank without progress for so long has hung")

@@ -154,7 +154,6 @@ class Loop:
     profile: Profile
     flops: Flops | None = None
     collapsed: set[str] = field(default_factory=set)
-    reloads: dict[int, int] = field(default_factory=dict)  # how often each step's checkpoint was reloaded
     drawn: list[Any] = field(default_factory=list)  # this rank's samples of the running step
     clock: StepClock = field(init=False)
     writer: MetricsWriter = field(init=False)
@@ -244,7 +243,7 @@ class Loop:
         Returns the step to continue with.
 
         Raises:
-            DivergenceError: there is none, or it was reloaded train.max_reloads times.
+            DivergenceError: there is none, or train.max_reloads reloads led to no good step after the bad ones.
         """
         streak, most = self.guard.streak, self.recipe.train.max_reloads
         bad = f"steps {streak[0]} to {streak[-1]}" if len(streak) > 1 else f"step {streak[0]}"
@@ -254,11 +253,10 @@ class Loop:
                 f"{bad} are bad (gradients not finite, or spikes), and no checkpoint lies before them "
                 f"(train.checkpoint_every={self.recipe.train.checkpoint_every}); events.jsonl names their samples"
             )
-        self.reloads[saved.step] = self.reloads.get(saved.step, 0) + 1
-        if self.reloads[saved.step] > most:
+        if self.guard.rewinds >= most:
             raise DivergenceError(
-                f"{bad} are bad (gradients not finite, or spikes), and the checkpoint of step {saved.step} was "
-                f"reloaded {most} times already (train.max_reloads); events.jsonl names their samples"
+                f"{bad} are bad (gradients not finite, or spikes), and so were those before them for {most} reloads "
+                "(train.max_reloads); events.jsonl names their samples"
             )
         restore(saved, self.engine, self.target)
         self.guard.rewind(saved.step)

@@ -62,7 +62,12 @@ def test_a_streak_of_steps_not_applied_leads_to_a_reload_and_single_ones_do_not(
     assert results == [SKIPPED, SKIPPED, Judgement("skipped", reload=True)] and g.streak == [10, 11, 12]
     g.rewind(4)
     assert g.streak == [] and g.skip_steps == {2, 5, 6, 8, 10, 11, 12}
-    assert g.judge(13, applied=False, loss=math.nan) == SKIPPED
+    assert g.rewinds == 1 and g.judge(13, applied=False, loss=math.nan) == SKIPPED
+    g.rewind(4)
+    g.judge(4, applied=True, loss=1.0)
+    assert g.rewinds == 2, "steps before the bad ones were good already"
+    g.judge(14, applied=True, loss=1.0)
+    assert g.rewinds == 0
 
 
 @pytest.mark.parametrize("action", ["warn", "off", "reload"])
