@@ -65,10 +65,10 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank, profi
     torch.set_num_threads(recipe.train.threads or 1)
     run = open_run(out, recipe, resume=resume)
     with failures_recorded(run):
-        return _train(recipe, run, ds=ds, rank=rank, profile=profile, began=began)
+        return _start(recipe, run, ds=ds, rank=rank, profile=profile, began=began)
 
 
-def _train(recipe: Recipe, run: Run, *, ds: Path, rank: Rank, profile: Window | None, began: float) -> Outcome:
+def _start(recipe: Recipe, run: Run, *, ds: Path, rank: Rank, profile: Window | None, began: float) -> Outcome:
     """From an opened run directory to the end of the run."""
     sizes = StepSizes(
         micro_batch=recipe.train.micro_batch_at(rank.world),
