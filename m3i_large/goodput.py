@@ -1,10 +1,11 @@
 """How much of a run's wall time trained: a pure function of its metrics.jsonl and events.jsonl."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from m3i_large.metrics import read_rows
+from m3i_large.metrics import iterate_rows, read_rows
 
 
 @dataclass(frozen=True)
@@ -48,33 +49,35 @@ class Goodput:
 
 def goodput(run: Path) -> Goodput:
     """Reads a run directory, of a run that goes on or has ended in whatever way."""
-    rows = [row for row in read_rows(run / "metrics.jsonl") if "time/step_s" in row]
     events = [event for event in read_rows(run / "events.jsonl") if "time" in event]
-    counted = _counted(rows, events)
     skipped = {(e["attempt"], e["step"]) for e in events if e["event"] == "skip"}
+    began = min((e["time"] - e.get("setup_s", 0.0) for e in events), default=0.0)
+    ended = max((e["time"] for e in events), default=0.0)
+    replaced = _replaced_from(events)
     spent = dict.fromkeys(("productive", "data", "skipped", "replayed"), 0.0)
-    for row in rows:
-        seconds, waited = row["time/step_s"], row["data/wait_s"]
-        if row["attempt"] != counted.get(row["step"]):
+    for row in iterate_rows(run / "metrics.jsonl"):  # a long run has a million
+        if "time/step_s" not in row:
+            continue
+        seconds, waited, step, attempt = row["time/step_s"], row["data/wait_s"], row["step"], row["attempt"]
+        if step >= replaced.get(attempt, math.inf):
             spent["replayed"] += seconds
-        elif (row["attempt"], row["step"]) in skipped:
+        elif (attempt, step) in skipped:
             spent["skipped"] += seconds
         else:
             spent["productive"] += seconds - waited
             spent["data"] += waited
+        ended = max(ended, row.get("time", ended))
     checkpoints = sum(event.get("seconds", 0.0) for event in events if event["event"] == "save")
-    moments = [event["time"] - event.get("setup_s", 0.0) for event in events]
-    moments += [moment for record in (*rows, *events) if (moment := record.get("time"))]
-    wall = max(moments) - min(moments) if moments else 0.0
+    wall = ended - began
     other = max(0.0, wall - sum(spent.values()) - checkpoints)
     return Goodput(wall=wall, checkpoints=checkpoints, other=other, **spent)
 
 
-def _counted(rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> dict[int, int]:
-    """The attempt that counts for each step; a later one replaces what earlier ones did from its first step on."""
-    counted: dict[int, int] = {}
+def _replaced_from(events: list[dict[str, Any]]) -> dict[int, float]:
+    """By attempt: from which step on later ones did its steps again, as the weights they began with never saw them."""
     begun = {e["attempt"]: e["step"] for e in events if e["event"] in ("start", "resume")}
-    for row in rows:
-        if all(row["step"] < step for attempt, step in begun.items() if attempt > row["attempt"]):
-            counted[row["step"]] = row["attempt"]
-    return counted
+    replaced, first = {}, math.inf
+    for attempt in sorted(begun, reverse=True):
+        replaced[attempt] = first
+        first = min(first, begun[attempt])
+    return replaced

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,21 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(line.encode())
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSON-lines file; a last line cut by a crash is dropped."""
+def iterate_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON-lines file, one at a time; a line cut by a crash is dropped."""
     if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a JSON-lines file."""
+    return list(iterate_rows(path))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -38,8 +38,9 @@ class Run:
 
     def ended(self, outcome: Outcome, *, step: int, message: str = "") -> dict[str, Any]:
         """Writes exit.json, which supervisors trust more than the launcher's exit status; returns what it holds."""
-        spent = goodput(self.directory).to_dict()
-        body = {"outcome": outcome, "step": step, "attempt": self.attempt, "message": message, "goodput": spent}
+        body: dict[str, Any] = {"outcome": outcome, "step": step, "attempt": self.attempt, "message": message}
+        write_json(self.directory / EXIT, body)  # at once: reading all rows takes seconds, and a kill may follow
+        body["goodput"] = goodput(self.directory).to_dict()
         write_json(self.directory / EXIT, body)
         return body
 
