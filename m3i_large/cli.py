@@ -1,4 +1,7 @@
-"""Commands: `m3i ...` and what the launchers call. Exit status 0 success, 2 user error (one line), 1 anything else."""
+"""Commands: `m3i ...` and what the launchers call. Exit status 0 success, 2 user error (one line), 1 anything else.
+
+`pretrain` alone has one more, REQUEUE: stopped by a signal, everything saved, to be started again.
+"""
 
 import argparse
 import json
@@ -15,7 +18,7 @@ from rich.table import Column, Table
 
 from m3i_large.cli_data import data_app
 from m3i_large.cli_plan import plan_command
-from m3i_large.errors import OutageError, UserError
+from m3i_large.errors import REQUEUE, DivergenceError, OutageError, UserError
 
 app = typer.Typer(
     help="M3I pre-training: recipes, data, evaluation, reports. Every command takes --debug (traceback of an error).",
@@ -35,7 +38,7 @@ def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
     """Runs a command; a user's mistake becomes one line on standard error and status 2, an outage one and status 1."""
     try:
         return command()
-    except (UserError, OutageError) as error:
+    except (UserError, OutageError, DivergenceError) as error:
         if debug:
             traceback.print_exc()
         elif isinstance(error, OutageError) or os.environ.get("RANK", "0") == "0":
@@ -54,6 +57,9 @@ def pretrain_options(arguments: list[str]) -> argparse.Namespace:
         "--resume",
         default="auto",
         help="auto, never, a run or checkpoint directory, the URL of copies (default: auto)",
+    )
+    parser.add_argument(
+        "--profile", default=None, metavar="START:STEPS", help="steps whose trace goes to <out>/profile"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
@@ -75,16 +81,17 @@ def pretrain(arguments: list[str]) -> int:
             )
         # Importing the trainer takes seconds (DeepSpeed, transformers): only once the arguments make sense.
         from m3i_large.parallel.comm import start_distributed, stop_distributed
+        from m3i_large.profiling import Window
         from m3i_large.train import train
 
+        profile = Window.parse(options.profile) if options.profile else None
+        out = options.out or Path("runs") / recipe.name
         rank = start_distributed()
         try:
-            outcome = train(
-                recipe, ds=options.ds, out=options.out or Path("runs") / recipe.name, resume=options.resume, rank=rank
-            )
+            outcome = train(recipe, ds=options.ds, out=out, resume=options.resume, rank=rank, profile=profile)
         finally:
             stop_distributed()
-        return 0 if outcome == "finished" else 1
+        return {"finished": 0, "interrupted": REQUEUE}.get(outcome, 1)
 
     return guarded(run, debug=options.debug)
 

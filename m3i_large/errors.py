@@ -1,4 +1,5 @@
-"""The two errors that are told in one line: the input is wrong, or the environment failed. All else is a defect."""
+"""Errors that are told in one line: the input is wrong, the environment failed, the training diverged. All else is a
+defect."""
 
 
 class UserError(ValueError):
@@ -13,6 +14,10 @@ class OutageError(Exception):
 
     Never a ValueError: an outage must not be taken for a bad sample and papered over with a substitute.
     """
+
+
+class DivergenceError(ArithmeticError):
+    """The training does not get past steps that are not finite, or spike. Commands exit with status 1."""
 
 
 # Exit status of a run that was asked to stop and can go on: EX_TEMPFAIL, which schedulers are told to requeue.

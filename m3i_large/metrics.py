@@ -1,16 +1,20 @@
 """Run directory files: append-only JSON lines, mirrored to TensorBoard and, where asked for, to Weights & Biases."""
 
+import importlib.util
 import json
 import math
 import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from m3i_large.errors import UserError
 
 PACKAGES = ("m3i_large", "torch", "deepspeed", "timm", "transformers", "numpy")
 
@@ -29,17 +33,21 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(line.encode())
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSON-lines file; a last line cut by a crash is dropped."""
+def iterate_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON-lines file, one at a time; a line cut by a crash is dropped."""
     if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a JSON-lines file."""
+    return list(iterate_rows(path))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -53,7 +61,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several ranks may write one
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
@@ -83,17 +91,31 @@ def environment(*, world: int, device: torch.device, precision: str, threads: in
     }
 
 
+def require_wandb(project: str | None) -> None:
+    """Refuses a project without the package, before anything has been done."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"train.wandb_project: got {project!r}, but the package is not installed; needed: pip install wandb"
+        )
+
+
 class MetricsWriter:
     """Writes metrics.jsonl and events.jsonl of a run directory, and the same scalars to TensorBoard and wandb.
 
     Only the first rank writes; on the others (`enabled` False) every call does nothing.
+
+    Args:
+        tensorboard: mirror to run/tensorboard, where the package is installed (`has_board` says so).
+        wandb_project: mirror to this project; offline with WANDB_MODE=offline.
     """
 
-    def __init__(self, run: Path, *, attempt: int, enabled: bool, wandb_project: str | None = None) -> None:
+    def __init__(
+        self, run: Path, *, attempt: int, enabled: bool, tensorboard: bool = True, wandb_project: str | None = None
+    ) -> None:
         self._run, self._attempt, self._enabled = run, attempt, enabled
         self._board: Any = None
         self._wandb: Any = None
-        if enabled:
+        if enabled and tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run / "tensorboard"))
@@ -101,18 +123,25 @@ class MetricsWriter:
             import wandb
 
             self._wandb = wandb.init(project=wandb_project, name=run.name, dir=str(run), resume="allow", id=run.name)
+            # Its own count of steps cannot go back to a checkpoint.
+            self._wandb.define_metric("*", step_metric="step")
+
+    @property
+    def has_board(self) -> bool:
+        """Whether TensorBoard gets the metrics too."""
+        return self._board is not None
 
     def log(self, row: dict[str, Any]) -> None:
         """One optimizer step; `step` is the step's index, floats are logged as scalars."""
         if not self._enabled:
             return
-        append_row(self._run / "metrics.jsonl", {**row, "attempt": self._attempt})
+        append_row(self._run / "metrics.jsonl", {**row, "attempt": self._attempt, "time": time.time()})
         scalars = {k: v for k, v in row.items() if isinstance(v, float) and math.isfinite(v)}
         if self._board is not None:
             for key, value in scalars.items():
                 self._board.add_scalar(key, value, row["step"])
         if self._wandb is not None:
-            self._wandb.log(scalars, step=row["step"])
+            self._wandb.log({**scalars, "step": row["step"]})
 
     def event(self, kind: str, *, step: int, **details: Any) -> None:
         """A row of events.jsonl: start, resume, save, skip, preempt, incident or end."""

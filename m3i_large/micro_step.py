@@ -1,5 +1,7 @@
 """One micro-step of training: the losses of a micro-batch and its gradients, at once or chunk by chunk."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -11,6 +13,8 @@ from m3i_large.objective.cached import chunks, couple, replay, survey
 from m3i_large.parallel.engine import Engine
 from m3i_large.recipe import Recipe
 
+# Measures phases: with clock("forward"): ...
+Clock = Callable[[str], AbstractContextManager[None]]
 # A chunk of this many images keeps a GPU busy with a ViT-B/16 at 224 pixels; the derived size stays below it.
 ROWS = 64
 
@@ -18,7 +22,7 @@ ROWS = 64
 class MicroStep(Protocol):
     """Calls the objective through the engine and leaves its gradients there; the engine's step is the caller's."""
 
-    def __call__(self, batch: Batch, *, signals: bool) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, *, signals: bool, clock: Clock) -> dict[str, Tensor]:
         """Losses, and with `signals` everything that `Objective.losses` and `gradient_signals` report."""
         ...
 
@@ -29,10 +33,12 @@ class Direct:
     def __init__(self, engine: Engine, *, accumulation: int) -> None:
         self.engine, self.accumulation = engine, accumulation
 
-    def __call__(self, batch: Batch, *, signals: bool) -> dict[str, Tensor]:
-        losses = self.engine(batch, signals=signals)
-        self.engine.backward(losses["loss"])
-        return losses | objective_of(self.engine).gradient_signals(micro_steps=self.accumulation)
+    def __call__(self, batch: Batch, *, signals: bool, clock: Clock) -> dict[str, Tensor]:
+        with clock("forward"):
+            losses = self.engine(batch, signals=signals)
+        with clock("backward"):
+            self.engine.backward(losses["loss"])
+            return losses | objective_of(self.engine).gradient_signals(micro_steps=self.accumulation)
 
 
 class Cached:
@@ -41,14 +47,17 @@ class Cached:
     def __init__(self, engine: Engine, *, accumulation: int, rows: int) -> None:
         self.engine, self.accumulation, self.rows = engine, accumulation, rows
 
-    def __call__(self, batch: Batch, *, signals: bool) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, *, signals: bool, clock: Clock) -> dict[str, Tensor]:
         objective = objective_of(self.engine)
-        parts, texts = chunks(objective, batch, rows=self.rows)
-        seen = [self.engine(part, run=survey) for part in parts]
-        given = couple(objective, batch, texts, seen, signals=signals)
+        with clock("forward"):
+            parts, texts = chunks(objective, batch, rows=self.rows)
+            seen = [self.engine(part, run=survey) for part in parts]
+            given = couple(objective, batch, texts, seen, signals=signals)
         for part, needs in zip(parts, given, strict=True):
-            share = self.engine(part, needs, run=replay)
-            self.engine.backward(share, more=part is not parts[-1])
+            with clock("forward"):
+                share = self.engine(part, needs, run=replay)
+            with clock("backward"):
+                self.engine.backward(share, more=part is not parts[-1])
         return given[0].totals.losses() | objective.gradient_signals(micro_steps=self.accumulation)
 
 

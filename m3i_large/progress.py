@@ -42,7 +42,8 @@ class Progress:
         if not self._enabled:
             return
         names = ("loss", *sorted(k for k in row if k.startswith("loss/") and k.count("/") == 1))
-        values = " ".join(f"{name.removeprefix('loss/')} {row[name]:.2f}" for name in names)
+        shown = [f"{name.removeprefix('loss/')} {row[name]:.2f}" for name in names if name in row]
+        values = " ".join(shown) or "left out"
         if self._bar is None:
             if (step + 1) % self._every == 0 or step + 1 == self._total:
                 self.say(f"{self._run} step {step + 1}/{self._total} {values} ({row['time/step_s']:.2f} s/step)")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from m3i_large.data.config import DataConfig
 from m3i_large.errors import UserError
+from m3i_large.guard import SpikeConfig
 from m3i_large.models.config import BackboneConfig, DecoderConfig, PoolConfig, TextConfig
 from m3i_large.objective.config import ObjectiveConfig
 from m3i_large.optim import OptimConfig
@@ -54,7 +55,13 @@ class TrainConfig(BaseModel):
     picture_every: int = Field(1000, ge=0, description="steps between pictures; 0 = none")
     signals_every: int = Field(50, gt=0, description="steps between collapse signals")
     log_every: int = Field(10, gt=0, description="steps between progress lines where there is no terminal")
-    max_skipped: int = Field(20, gt=0, description="steps not applied in a row that end the run")
+    max_skipped: int = Field(5, gt=0, description="bad steps in a row after which the last good checkpoint is reloaded")
+    max_reloads: int = Field(3, ge=0, description="reloads without a good step after which the run fails")
+    skip_steps: list[int] = Field([], description="steps that are drawn but not applied")
+    spike: SpikeConfig = SpikeConfig()
+    timeout_s: float = Field(600.0, gt=0, description="a rank without progress for so long has hung")
+    straggler: float = Field(1.3, gt=1, description="a rank is slow at so many times the median rank's time")
+    tensorboard: bool = True
     wandb_project: str | None = None
 
     @model_validator(mode="after")

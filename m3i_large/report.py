@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_large.errors import UserError
+from m3i_large.goodput import goodput
 from m3i_large.metrics import read_metrics, read_rows
 from m3i_large.recipe import Recipe
 from m3i_large.run import ENV, EVENTS, read_exit, read_recipe
@@ -70,6 +71,7 @@ def _summary(run: Path, recipe: Recipe, rows: Rows) -> str:
         "outcome": f"{ended}, {rows[-1]['step'] + 1} steps, {rows[-1]['samples']:,} samples",
         "training time": f"{seconds / 60:.1f} minutes, {waited / max(seconds, 1e-9):.1%} of it waiting for data",
         "throughput": f"{rows[-1]['samples'] / max(seconds, 1e-9):.1f} samples per second",
+        "goodput": goodput(run).to_text().removeprefix("goodput "),
         "peak memory of the first rank": f"{max(row['perf/mem_gib'] for row in rows):.2f} GiB",
         "backbone": f"{recipe.backbone.name} {recipe.backbone.arch or ''}",
         "terms": ", ".join(f"{term.name} x {term.weight:g}" for term in recipe.objective.terms),
@@ -97,7 +99,7 @@ def _evaluation(results: Rows) -> str:
 
 
 def _curves(rows: Rows, run: Path) -> str:
-    names = [k for k in rows[-1] if k.startswith("loss/")]
+    names = list(dict.fromkeys(k for row in rows for k in row if k.startswith("loss/")))  # a step left out has none
     terms = [k for k in names if k.count("/") == 1]
     restarts = [e["step"] for e in read_rows(run / EVENTS) if e["event"] == "resume"]
     charts = [
@@ -170,8 +172,9 @@ def _pictures(run: Path) -> str:
 
 
 def _events(events: Rows) -> str:
-    lines = [(e["event"], str(e["step"]), str(e["attempt"])) for e in events if e["event"] != "save"]
-    return f"<h2>Events</h2>{_table(('event', 'step', 'attempt'), lines)}"
+    told = [(e, next((str(e[k]) for k in ("what", "why", "signal", "outcome") if k in e), "")) for e in events]
+    lines = [(e["event"], str(e["step"]), str(e["attempt"]), what) for e, what in told if e["event"] != "save"]
+    return f"<h2>Events</h2>{_table(('event', 'step', 'attempt', 'what'), lines)}"
 
 
 def _credits(root: Path) -> str:

@@ -2,7 +2,10 @@
 
 import json
 import os
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +14,9 @@ import yaml
 
 from m3i_large import checkpoint
 from m3i_large.data.storage import is_url
-from m3i_large.errors import UserError
-from m3i_large.metrics import read_rows, write_json
+from m3i_large.errors import DivergenceError, OutageError, UserError
+from m3i_large.goodput import goodput
+from m3i_large.metrics import append_row, read_rows, write_json
 from m3i_large.parallel.comm import Rank, local_ranks
 from m3i_large.recipe import Recipe, validate
 
@@ -34,10 +38,37 @@ class Run:
         """Where this run's checkpoints lie."""
         return self.directory / "checkpoints"
 
-    def ended(self, outcome: Outcome, *, step: int, message: str = "") -> None:
-        """Writes exit.json, which supervisors trust more than the launcher's exit status."""
-        body = {"outcome": outcome, "step": step, "attempt": self.attempt, "message": message}
+    def ended(self, outcome: Outcome, *, step: int, message: str = "") -> dict[str, Any]:
+        """Writes exit.json, which supervisors trust more than the launcher's exit status; returns what it holds."""
+        body: dict[str, Any] = {"outcome": outcome, "step": step, "attempt": self.attempt, "message": message}
+        write_json(self.directory / EXIT, body)  # at once: reading all rows takes seconds, and a kill may follow
+        body["goodput"] = goodput(self.directory).to_dict()
         write_json(self.directory / EXIT, body)
+        return body
+
+    def failed(self, message: str) -> None:
+        """As `ended`, by whichever rank fails first, as the others' failures follow from its own. Once begun only."""
+        if not (self.directory / RECIPE).is_file() or (self.directory / EXIT).exists():
+            return
+        rows, events = (read_rows(self.directory / name) for name in ("metrics.jsonl", EVENTS))
+        attempt = max([self.attempt, *(event["attempt"] for event in events)])  # a reload counts as one
+        step = rows[-1]["step"] + 1 if rows else 0
+        body = replace(self, attempt=attempt).ended("failed", step=step, message=message)
+        event = {"event": "end", "step": step, "attempt": attempt, "time": time.time()}
+        append_row(self.directory / EVENTS, event | {k: body[k] for k in ("outcome", "message", "goodput")})
+
+
+@contextmanager
+def failures_recorded(run: Run) -> Iterator[None]:
+    """Writes the first line of whatever ends this rank into exit.json."""
+    try:
+        yield
+    except BaseException as error:
+        text = str(error).strip().split("\n")[0]
+        run.failed(
+            text if isinstance(error, UserError | OutageError | DivergenceError) else f"{type(error).__name__}: {text}"
+        )
+        raise
 
 
 def resolve_precision(choice: str, device: torch.device) -> str:

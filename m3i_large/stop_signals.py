@@ -4,17 +4,21 @@ import signal
 from types import FrameType
 from typing import Any
 
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
 
 class StopSignals:
-    """SIGTERM and SIGINT ask for a checkpoint and an orderly end; the launcher kills ranks 30 s after SIGTERM."""
+    """SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) ask for a checkpoint and an orderly end.
+
+    A handler only takes a note, so that further signals disturb nothing; the launcher kills ranks 30 s after SIGTERM.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
-        self.name = ""
+        self.number = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ASKING:
             self._previous[number] = signal.signal(number, self._ask)
         return self
 
@@ -24,5 +28,4 @@ class StopSignals:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         # The launcher passes SIGTERM on after Ctrl-C: the first signal is the reason.
-        self.name = self.name or signal.Signals(number).name
-        self.requested = True
+        self.number = self.number or number

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny import recipe as tiny_recipe
 
-from m3i_large.errors import UserError
+from m3i_large.errors import DivergenceError, UserError
 from m3i_large.metrics import append_row, read_metrics, read_rows
 from m3i_large.recipe import Recipe, validate
-from m3i_large.run import begin, open_run, read_exit, resolve, resolve_precision
+from m3i_large.run import begin, failures_recorded, open_run, read_exit, resolve, resolve_precision
 
 
 @pytest.fixture
@@ -78,9 +78,39 @@ def test_the_highest_attempt_counts_and_a_cut_line_is_dropped(tmp_path: Path) ->
 def test_stop_signals_are_remembered_and_handlers_restored() -> None:
     from m3i_large.stop_signals import StopSignals
 
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignals() as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested and stop.name == "SIGTERM"
-    assert signal.getsignal(signal.SIGTERM) is before
+    asking = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in asking]
+    for first in asking:
+        with StopSignals() as stop:
+            assert stop.number == 0
+            for number in (first, *asking):
+                os.kill(os.getpid(), number)
+            assert stop.number == first, "the first one is the reason"
+    assert [signal.getsignal(number) for number in asking] == before
+
+
+def test_the_first_failure_is_the_one_in_exit_json_and_only_of_a_run_that_has_begun(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    run = open_run(tmp_path / "run", recipe, resume="auto")
+    with pytest.raises(UserError), failures_recorded(run):
+        raise UserError("nothing is written")
+    assert not run.directory.exists()
+    begin(run, {})
+    append_row(run.directory / "events.jsonl", {"event": "start", "attempt": 0, "step": 0, "time": 1.0})
+    append_row(run.directory / "events.jsonl", {"event": "resume", "attempt": 1, "step": 4, "time": 2.0})
+    append_row(run.directory / "metrics.jsonl", {"attempt": 1, "step": 4, "time": 3.0})
+    with pytest.raises(ZeroDivisionError), failures_recorded(run):
+        raise ZeroDivisionError("by zero\nand more")
+    with pytest.raises(DivergenceError), failures_recorded(run):
+        raise DivergenceError("connection closed by the peer that failed first")
+    ended = read_exit(run.directory)
+    assert (ended["outcome"], ended["step"], ended["attempt"]) == ("failed", 5, 1)
+    assert ended["message"] == "ZeroDivisionError: by zero"
+    events = read_rows(run.directory / "events.jsonl")
+    assert [e["event"] for e in events] == ["start", "resume", "end"] and events[-1]["outcome"] == "failed"
+    begin(run, {})
+    assert read_exit(run.directory) == {}
+    with pytest.raises(DivergenceError), failures_recorded(run):
+        raise DivergenceError("one line")
+    assert read_exit(run.directory)["message"] == "one line"

@@ -14,6 +14,7 @@ import webdataset as wds
 from tiny import command, environment, picture, pretrain, recipe, write_data, write_recipe
 
 from m3i_large.checkpoint import Checkpoint, newest
+from m3i_large.errors import REQUEUE
 from m3i_large.data.audit import audit_runs
 from m3i_large.evaluate import KINDS, evaluate
 from m3i_large.metrics import read_metrics, read_rows
@@ -136,7 +137,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"step {step} was never reached")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_stopped_and_resumed_ends_bit_identical(
     number: signal.Signals, tiny: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -145,7 +146,7 @@ def test_stopped_and_resumed_ends_bit_identical(
     wait_for_step(out, 2, process)
     os.kill(process.pid, number)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode != 0, output
+    assert process.returncode == (-number if number == signal.SIGKILL else REQUEUE), output
     if number != signal.SIGKILL:
         stopped = read_exit(out)
         assert stopped["outcome"] == "interrupted", output

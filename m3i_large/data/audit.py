@@ -39,6 +39,7 @@ class SourceAudit:
         repeated: draws of an id that its epoch held already.
         outside: draws of an id or epoch that does not exist.
         substitutes: draws whose sample was unreadable and replaced by another; they count as draws of their own id.
+        skipped: draws in steps that were not applied; they count as draws all the same.
     """
 
     name: str
@@ -50,6 +51,7 @@ class SourceAudit:
     repeated: int
     outside: int
     substitutes: int
+    skipped: int
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Audit:
         steps: 0 to steps - 1 were looked at.
         samples_per_step: N.
         attempts: {run, attempt, world, begin, end}: which attempt's rows count from step `begin` to before `end`.
+        skipped: steps that were drawn but not applied.
         trimmed: what a kill left incomplete and was not counted.
         failures: everything found wrong; none means proven.
     """
@@ -68,6 +71,7 @@ class Audit:
     steps: int
     samples_per_step: int
     attempts: list[dict[str, Any]]
+    skipped: list[int]
     sources: list[SourceAudit]
     trimmed: list[str]
     failures: list[str]
@@ -91,8 +95,12 @@ class Audit:
             lines.append(
                 f"source {s.name}: {s.samples} samples, {s.epochs_finished} epochs finished, {s.draws} draws, "
                 f"{s.distinct} distinct, {s.missing} missing, {s.repeated} repeated, {s.outside} outside, "
-                f"{s.substitutes} replaced"
+                f"{s.substitutes} replaced, {s.skipped} not applied"
             )
+        if self.skipped:
+            more = ", ..." if len(self.skipped) > SHOWN else ""
+            named = ", ".join(map(str, self.skipped[:SHOWN])) + more
+            lines.append(f"not applied: {len(self.skipped)} steps, whose samples count as drawn: {named}")
         lines += [f"not counted: {what}" for what in self.trimmed] + [f"WRONG: {what}" for what in self.failures]
         drawn = f"{self.steps} steps, {sum(s.draws for s in self.sources)} draws"
         verdict = "every sample exactly once an epoch: proven" if self.proven else "exactly once an epoch: NOT PROVEN"
@@ -131,7 +139,8 @@ def audit_runs(runs: Sequence[Path]) -> Audit:
         failures += ledger.failures({(epoch, id): where for (s, epoch, id), where in places.items() if s == i})
     used = [piece.to_dict() for piece in pieces if piece.end > piece.begin]
     found = [ledger.result() for ledger in ledgers]
-    return Audit([str(run) for run in runs], steps, max(sizes, default=0), used, found, trimmed, failures)
+    skipped = [step for piece in pieces for step in piece.skipped]
+    return Audit([str(run) for run in runs], steps, max(sizes, default=0), used, skipped, found, trimmed, failures)
 
 
 # -- counting -------------------------------------------------------------------------------------------------
@@ -153,13 +162,15 @@ class _Ledger:
     epochs: dict[int, _Epoch] = field(default_factory=dict)
     draws: int = 0
     substitutes: int = 0
+    skipped: int = 0
     outside: int = 0
     wrong: list[tuple[int, int]] = field(default_factory=list)  # (epoch, id) to be named
     disorder: list[str] = field(default_factory=list)
 
-    def add(self, step: int, samples: np.ndarray) -> None:
+    def add(self, step: int, samples: np.ndarray, *, applied: bool) -> None:
         """Takes all of a step's samples of this source, int64 (rows, 4)."""
         self.draws += len(samples)
+        self.skipped += 0 if applied else len(samples)
         self.substitutes += int((samples[:, SUBSTITUTE] > 0).sum())
         epoch, ids = samples[:, EPOCH], samples[:, ID]
         outside = (ids < 0) | (ids >= self.samples) | (epoch < 0)
@@ -216,6 +227,7 @@ class _Ledger:
             repeated=self.draws - self.outside - distinct,
             outside=self.outside,
             substitutes=self.substitutes,
+            skipped=self.skipped,
         )
 
     def failures(self, places: dict[tuple[int, int], list[str]]) -> list[str]:
@@ -238,7 +250,7 @@ class _Ledger:
 
 def _count(piece: Piece, ledgers: list[_Ledger], failures: list[str]) -> int:
     """Enters a piece's samples step by step; returns the samples of one of its steps."""
-    label, lengths, strange = piece.attempt.label, array("q"), 0
+    label, lengths, strange, skipped = piece.attempt.label, array("q"), 0, set(piece.skipped)
     for step, _, tables in steps_of(piece, failures):
         lengths.extend(map(len, tables))
         samples = np.concatenate(tables)
@@ -247,7 +259,7 @@ def _count(piece: Piece, ledgers: list[_Ledger], failures: list[str]) -> int:
             mine = samples[samples[:, SOURCE] == index]
             known += len(mine)
             if len(mine):
-                ledger.add(step, mine)
+                ledger.add(step, mine, applied=step not in skipped)
         strange += len(samples) - known
     if strange:
         failures.append(f"{label}: {strange} samples of a source that is none of 0 to {len(ledgers) - 1}")

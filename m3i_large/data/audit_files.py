@@ -33,6 +33,7 @@ class Attempt:
     Attributes:
         first: step it began with.
         reached: steps done according to the events (a checkpoint, the end), whatever the audit files hold.
+        skipped: steps that were drawn but not applied, according to the events.
         sources: (name, samples) by source index; empty if the attempt's event names none.
         rows: int64 (rows, 5): step, micro-step, rank, and where the line lies in the rank's file (offset, size).
         files: by rank.
@@ -43,6 +44,7 @@ class Attempt:
     world: int
     first: int
     reached: int
+    skipped: frozenset[int]
     sources: list[tuple[str, int]]
     rows: np.ndarray
     files: dict[int, Path]
@@ -114,7 +116,9 @@ def _attempt(
         failures.append(f"{label}: its rows begin with step {seen}, its event says step {first}")
     sources = [(str(s["name"]), int(s["samples"])) for s in began[0].get("sources", [])] if began else []
     reached = max((int(e["step"]) for e in events if e.get("event") in ("save", "preempt", "end")), default=0)
-    return Attempt(run, number, world, min(first, seen) if len(rows) else first, reached, sources, rows, by_rank)
+    skipped = frozenset(int(e["step"]) for e in events if e.get("event") == "skip")
+    first = min(first, seen) if len(rows) else first
+    return Attempt(run, number, world, first, reached, skipped, sources, rows, by_rank)
 
 
 def _read_events(run: Path) -> dict[int, list[dict[str, Any]]]:
@@ -169,6 +173,11 @@ class Piece:
         rows = self.attempt.rows
         rows = rows[(rows[:, STEP] >= self.begin) & (rows[:, STEP] < self.end)]
         return rows[np.lexsort((rows[:, RANK], rows[:, MICRO_STEP], rows[:, STEP]))]
+
+    @property
+    def skipped(self) -> list[int]:
+        """Its steps that were drawn but not applied."""
+        return sorted(step for step in self.attempt.skipped if self.begin <= step < self.end)
 
     def gaps(self) -> list[str]:
         """Rows that are missing or there twice."""

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -110,11 +111,11 @@ def gather_objects(value: Any, rank: Rank) -> list[Any]:
     return values
 
 
-def any_rank(flag: bool, rank: Rank) -> bool:
-    """True on every rank when the flag is set on at least one."""
-    total = torch.tensor([int(flag)], device=rank.device)
-    dist.all_reduce(total)
-    return bool(total.item())
+def highest(values: Sequence[int], rank: Rank) -> list[int]:
+    """The largest of every value over all ranks, on every rank."""
+    most = torch.tensor(values, device=rank.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.tolist()
 
 
 def barrier() -> None:

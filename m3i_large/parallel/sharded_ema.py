@@ -6,13 +6,16 @@ rounds it into the weights that the target's forward pass sees. Under ZeRO-3 tha
 ZeRO-1 and 2, where every rank holds whole weights, one all-gather of the rounded ones.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from m3i_kernels.ema_update import ema_update
 from torch import Tensor, nn
 
+from m3i_large.parallel.comm import ProcessGroupCollectives
 from m3i_large.parallel.ds_config import swap_folder
 from m3i_large.parallel.engine import Engine
 from m3i_large.parallel.partitions import full_shape
@@ -50,31 +53,46 @@ class ShardedEMA:
         self._copy_of = {source: copy for copy, source in self._source.items()}
         self._twins = engine.twins({name: (self._source[name], twin) for name, twin in parameters.items()})
         self._shadow: dict[str, Tensor] = {}
+        self._mapped: dict[str, MappedFile] = {}
+        self._squares: list[Tensor] = []
         self._start()
 
-    def update(self, masters: Mapping[str, Slice], momentum: float) -> None:
+    def update(self, masters: Mapping[str, Slice], momentum: float, *, measure: bool = False) -> None:
         """target = momentum * target + (1 - momentum) * student, for those parameters that `masters` has.
 
         Args:
             masters: what `Engine.step` hands to `after_update`: so it is called for applied steps only.
+            measure: take in what `distance` reports.
         """
         names = [self._copy_of[source] for source in masters if source in self._copy_of]
         shadow = [self._shadow[name] for name in names]
         weights = [self._twins.weights(name) for name in names]
+        source = [masters[self._source[name]].values for name in names]
         with torch.no_grad():
             together = not names or shadow[0].device == weights[0].device
-            ema_update(
-                shadow,
-                [masters[self._source[name]].values for name in names],
-                momentum=momentum,
-                out=weights if together else None,
-            )
+            ema_update(shadow, source, momentum=momentum, out=weights if together else None)
             if not together:  # optimizer states on the CPU, weights on a GPU
                 for values, run in zip(shadow, weights, strict=True):
                     run.copy_(values, non_blocking=True)
             for buffer, copy in self._buffers.values():
                 copy.copy_(buffer)
+            if measure:
+                self._squares += [
+                    torch.stack([(s - e).square().sum(), s.square().sum()]) for s, e in zip(source, shadow, strict=True)
+                ]
         self._twins.publish(names)
+        self._release(names)
+
+    def distance(self) -> float:
+        """|student - target| / |student| in L2 over all averaged parameters, of the last update that was measured.
+
+        One reduction; every rank calls it.
+        """
+        device = self._engine.rank.device
+        squares = torch.stack(self._squares).double().sum(0) if self._squares else torch.zeros(2).double()
+        self._squares = []
+        apart, student = ProcessGroupCollectives(self._engine.rank).all_reduce_sum(squares.to(device)).tolist()
+        return math.sqrt(apart / student) if student else 0.0
 
     def layout(self) -> dict[str, Layout]:
         """See State."""
@@ -89,6 +107,7 @@ class ShardedEMA:
         }
         if write:
             self._write()
+        self._release(self._shadow)
 
     @torch.no_grad()
     def _start(self) -> None:
@@ -109,11 +128,18 @@ class ShardedEMA:
         folder = swap_folder(self._engine.ds_config) / "ema" / f"rank{self._engine.rank.rank}"
         folder.mkdir(parents=True, exist_ok=True)
         total = sum(value.numel() for value in values.values())
-        flat = torch.from_file(str(_fresh(folder / f"{index}.bin")), shared=True, size=total, dtype=torch.float32)
-        runs = flat.split([value.numel() for value in values.values()])
+        file = MappedFile(folder / f"{index}.bin", numel=total)
+        runs = file.values.split([value.numel() for value in values.values()])
         for run, value in zip(runs, values.values(), strict=True):
             run.copy_(value)
+        file.release()
+        self._mapped |= dict.fromkeys(values, file)
         return dict(zip(values, runs, strict=True))
+
+    def _release(self, names: Iterable[str]) -> None:
+        """Gives the memory of mapped files back."""
+        for file in {id(file): file for file in map(self._mapped.get, names) if file}.values():
+            file.release()
 
     def _write(self) -> None:
         for name, values in self._shadow.items():
@@ -121,10 +147,24 @@ class ShardedEMA:
         self._twins.publish(self._shadow)
 
 
-def _fresh(path: Path) -> Path:
-    """A path at which no earlier run's file is left: it would be opened at its old size."""
-    path.unlink(missing_ok=True)
-    return path
+class MappedFile:
+    """An fp32 vector that lies in a file and is in memory only while it is used.
+
+    Args:
+        path: created anew, in an existing folder.
+        numel: elements, at least 1.
+    """
+
+    def __init__(self, path: Path, *, numel: int) -> None:
+        path.unlink(missing_ok=True)
+        with path.open("w+b") as file:
+            file.truncate(4 * numel)
+            self._map = mmap.mmap(file.fileno(), 4 * numel)
+        self.values = torch.frombuffer(self._map, dtype=torch.float32)
+
+    def release(self) -> None:
+        """Gives the memory back; the values stay, in the page cache until they are on the disk."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _match(source: dict, twin: dict) -> dict:
