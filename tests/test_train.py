@@ -14,8 +14,8 @@ import webdataset as wds
 from tiny import command, environment, picture, pretrain, recipe, write_data, write_recipe
 
 from m3i_large.checkpoint import Checkpoint, newest
-from m3i_large.errors import REQUEUE
 from m3i_large.data.audit import audit_runs
+from m3i_large.errors import REQUEUE
 from m3i_large.evaluate import KINDS, evaluate
 from m3i_large.metrics import read_metrics, read_rows
 from m3i_large.run import read_exit
