@@ -128,6 +128,7 @@ class Checkpoint:
         for group in state.groups(write=True):
             for key, part in group.items():
                 part.values.copy_(self.read(key, offset=part.offset, numel=part.values.numel()))
+            self._files.clear()  # files are mapped: what was read would stay resident, with all other groups'
 
     def _open(self, name: str) -> Any:
         if name not in self._files:
