@@ -1,7 +1,7 @@
 """One micro-step of training: the losses of a micro-batch and its gradients, at once or chunk by chunk."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from torch import Tensor
@@ -22,7 +22,7 @@ ROWS = 64
 class MicroStep(Protocol):
     """Calls the objective through the engine and leaves its gradients there; the engine's step is the caller's."""
 
-    def __call__(self, batch: Batch, *, signals: bool, clock: Clock) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, *, signals: bool, clock: Clock = nullcontext) -> dict[str, Tensor]:
         """Losses, and with `signals` everything that `Objective.losses` and `gradient_signals` report."""
         ...
 
@@ -33,7 +33,7 @@ class Direct:
     def __init__(self, engine: Engine, *, accumulation: int) -> None:
         self.engine, self.accumulation = engine, accumulation
 
-    def __call__(self, batch: Batch, *, signals: bool, clock: Clock) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, *, signals: bool, clock: Clock = nullcontext) -> dict[str, Tensor]:
         with clock("forward"):
             losses = self.engine(batch, signals=signals)
         with clock("backward"):
@@ -47,7 +47,7 @@ class Cached:
     def __init__(self, engine: Engine, *, accumulation: int, rows: int) -> None:
         self.engine, self.accumulation, self.rows = engine, accumulation, rows
 
-    def __call__(self, batch: Batch, *, signals: bool, clock: Clock) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, *, signals: bool, clock: Clock = nullcontext) -> dict[str, Tensor]:
         objective = objective_of(self.engine)
         with clock("forward"):
             parts, texts = chunks(objective, batch, rows=self.rows)
