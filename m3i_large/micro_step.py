@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from m3i_large.parallel.engine import Engine
 from m3i_large.recipe import Recipe
 
 # Measures phases: with clock("forward"): ...
-Clock = Callable[[str], AbstractContextManager[None]]
+Clock = Callable[[str], AbstractContextManager[Any]]
 # A chunk of this many images keeps a GPU busy with a ViT-B/16 at 224 pixels; the derived size stays below it.
 ROWS = 64
 
