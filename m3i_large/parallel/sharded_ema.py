@@ -76,6 +76,11 @@ class ShardedEMA:
                 copy.copy_(buffer)
         self._twins.publish(names)
 
+    @property
+    def source(self) -> Mapping[str, str]:
+        """{name of an averaged parameter: name of its source}, both in the engine's module."""
+        return self._source
+
     def layout(self) -> dict[str, Layout]:
         """See State."""
         return {f"ema/{name}": self._engine.piece(source).layout for name, source in self._source.items()}
