@@ -54,5 +54,5 @@ def test_what_has_no_such_average_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stage 2; needed: ZeRO-3"):
         bench_ema(tiny, ds=ROOT / "ds_configs/zero2.json", ranks=1, rows=8)
     classification = load_recipe("sp_classification", ["scale=demo"])
-    with pytest.raises(UserError, match="objective.terms: got no term whose encoder is ema; needed: one"):
+    with pytest.raises(UserError, match="got no term whose encoder is ema; needed: one"):
         bench_ema(classification, ds=ZERO3, ranks=1, rows=8)
