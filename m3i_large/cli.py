@@ -262,8 +262,15 @@ def bench_ema_command(
         print(json.dumps(result))
         return
     title = "{recipe}, {parameters:,} parameters averaged, {ranks} ranks, {rows} rows, {precision}, {device}"
-    names = ("average", "ms", "of a step", "collectives", "their MiB", "MiB first rank", "others", "gathered", "error")
-    table = Table(*names, title=title.format(**result), caption=f"a step without it: {result['step_ms']:.0f} ms")
+    names = ("of step", "calls", "MiB sent", "MiB first", "others", "gathered")
+    table = Table(
+        Column("average", no_wrap=True),
+        "ms",
+        *names,
+        Column("error", no_wrap=True),
+        title=title.format(**result),
+        caption=f"a step without it: {result['step_ms']:.0f} ms",
+    )
     for row in result["designs"]:
         sizes = (row[key] / 2**20 for key in ("bytes", "resident_first", "resident_others", "gathered"))
         sent, *held = (f"{size:.1f}" for size in sizes)
