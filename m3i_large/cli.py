@@ -251,6 +251,46 @@ def bench_step_command(
     Console().print(table)
 
 
+@bench_app.command("ema")
+def bench_ema_command(
+    recipe: Annotated[str, typer.Option(help="Recipe name or file.")] = "demo",
+    ds: Annotated[Path, typer.Option(help="DeepSpeed JSON file, ZeRO-3.")] = Path("ds_configs/zero3.json"),
+    ranks: Annotated[int, typer.Option(help="Processes on this machine.", min=1)] = 2,
+    rows: Annotated[int, typer.Option(help="Samples in a rank's micro-batch.", min=4)] = 8,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Recipe fields to change, a.b=value.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Cost, communication and memory of the target's average under ZeRO-3, beside two ways that gather."""
+    from m3i_large.bench_ema import bench_ema
+    from m3i_large.recipe import load_recipe
+
+    result = bench_ema(load_recipe(recipe, overrides or []), ds=ds, ranks=ranks, rows=rows)
+    if as_json:
+        print(json.dumps(result))
+        return
+    title = "{recipe}, {parameters:,} parameters averaged, {ranks} ranks, {rows} rows, {precision}, {device}"
+    names = ("of step", "calls", "MiB sent", "MiB first", "others", "gathered")
+    table = Table(
+        Column("average", no_wrap=True),
+        "ms",
+        *names,
+        Column("error", no_wrap=True),
+        title=title.format(**result),
+        caption=f"a step without it: {result['step_ms']:.0f} ms",
+    )
+    for row in result["designs"]:
+        sizes = (row[key] / 2**20 for key in ("bytes", "resident_first", "resident_others", "gathered"))
+        sent, *held = (f"{size:.1f}" for size in sizes)
+        calls = str(sum(row["calls"].values()))
+        table.add_row(
+            row["design"], f"{row['ms']:.1f}", f"{row['share']:.1%}", calls, sent, *held, f"{row['difference']:.1e}"
+        )
+    Console().print(table)
+    still = "kept in bf16: {moved:.1%} of the elements move in {updates} updates at momentum {momentum}, "
+    still += "the average covers {distance:.1%} of fp32's way"
+    print(still.format(**result["bf16"]))
+
+
 def main() -> None:
     """Entry of the `m3i` command."""
     # What follows `--` is another command's.

@@ -36,7 +36,7 @@ def gather_whole(blocks: Iterable[nn.Module]) -> None:
 
     Fewer and larger gathers, and no hooks inside. Two conditions on blocks that are trained: the input must require a
     gradient, otherwise the backward pass finds the parameters already released; and a forward pass enters them once,
-    as DeepSpeed reduces their gradients after each entry, counting the first ones twice (docs/deepspeed_defects.md).
+    as DeepSpeed reduces their gradients after each entry, losing some of them (docs/deepspeed_defects.md).
     Call it before the engine is built. Without ZeRO-3 it has no effect.
     """
     from deepspeed.utils import set_z3_leaf_module

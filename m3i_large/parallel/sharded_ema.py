@@ -94,6 +94,11 @@ class ShardedEMA:
         apart, student = ProcessGroupCollectives(self._engine.rank).all_reduce_sum(squares.to(device)).tolist()
         return math.sqrt(apart / student) if student else 0.0
 
+    @property
+    def source(self) -> Mapping[str, str]:
+        """{name of an averaged parameter: name of its source}, both in the engine's module."""
+        return self._source
+
     def layout(self) -> dict[str, Layout]:
         """See State."""
         return {f"ema/{name}": self._engine.piece(source).layout for name, source in self._source.items()}
