@@ -109,7 +109,7 @@ def test_goodput_of_a_run_with_a_crash_a_reload_and_a_skipped_step(tmp_path: Pat
 
     event("start", 0, 0, 103.0, setup_s=3.0)
     steps(range(2), 0, 103.0)
-    event("save", 2, 0, 105.5, seconds=0.5)
+    event("save", 2, 0, 105.5, held_s=0.5, seconds=3.0)
     steps(range(2, 5), 0, 105.5)  # 108.5: killed
     event("resume", 2, 1, 120.5, setup_s=2.0)
     steps(range(2, 4), 1, 120.5)

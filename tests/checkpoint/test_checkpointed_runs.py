@@ -36,8 +36,9 @@ def test_saves_are_told_and_timed_and_copied(tiny: tuple[Path, Path]) -> None:
     rows = {row["step"]: row for row in read_metrics(run)}
     for row in saves:
         assert 0 < row["held_s"] <= row["seconds"] and row["bytes"] > 1000
-        assert rows[row["step"] - 1]["time/checkpoint_s"] == row["held_s"]
-    assert all("time/checkpoint_s" not in rows[step] for step in (0, 2, 4))
+        if row["step"] in rows:  # counted in the step that follows
+            assert rows[row["step"]]["time/checkpoint_s"] >= row["held_s"]
+    assert all(rows[step]["time/checkpoint_s"] == 0 for step in (0, 1, 3, 5))
     assert sorted(p.name for p in (run.parent / "far").iterdir()) == ["step_00000004", "step_00000006"]
 
 

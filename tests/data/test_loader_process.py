@@ -123,15 +123,14 @@ def test_a_process_that_is_killed_is_named(data: Path, tmp_path: Path) -> None:
 def test_a_process_that_hangs_is_found_and_shows_its_stacks(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with Loader(job(data, index=tmp_path, timeout_s=1.5, prefetch=1)) as stream:
+    with Loader(job(data, index=tmp_path, timeout_s=5.5, prefetch=1)) as stream:
         next(stream)
         child(stream).suspend()
         began = time.monotonic()
-        resumed = False
-        with pytest.raises(OutageError, match=r"gave no batch for 2 s \(data\.timeout_s\); its stacks are above"):
+        with pytest.raises(OutageError, match=r"gave no batch for 6 s \(data\.timeout_s\); its stacks are above"):
             for _ in range(10):
                 next(stream)
-        assert time.monotonic() - began < 10 and not resumed
+        assert time.monotonic() - began < 30
         child(stream).resume()  # its pending signal is answered now
         for _ in range(50):
             if "loader_process.py" in (text := capfd.readouterr().err):

@@ -119,7 +119,7 @@ def test_activations_are_what_a_real_step_takes(make: Callable[[bool], Recipe], 
     if make is small:
         assert seen.peak == pytest.approx(peak, rel=0.01)
     else:  # on a CPU the deformable convolution is plain PyTorch, which takes more on the way
-        assert 0.65 * peak < seen.peak <= peak
+        assert 0.65 * peak < seen.peak <= 1.01 * peak
 
 
 def test_stage_3_keeps_what_its_json_file_says() -> None:
