@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 SYSTEM := g++ libaio-dev
 
-.PHONY: demo study test test-system lint bench soak gpu-check clean
+.PHONY: demo study test test-system system-packages proof-1b lint bench soak gpu-check clean
 
 $(STAMP): setup.py requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,9 +25,11 @@ test: $(STAMP)
 
 ## Tests that need more than Python packages: a C++ compiler and libaio's headers (offload to NVMe). As root it installs
 ## them by apt; otherwise it skips, by name, what cannot run.
-test-system: $(STAMP)
-	@test "$$(id -u)" != 0 || dpkg -s $(SYSTEM) >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq $(SYSTEM); }
+test-system: $(STAMP) system-packages
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/system
+
+system-packages:
+	@test "$$(id -u)" != 0 || dpkg -s $(SYSTEM) >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq $(SYSTEM); }
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -43,9 +45,15 @@ bench: $(STAMP)
 	$(BIN)/m3i bench loader
 	$(BIN)/m3i bench step
 
-## Kills a loading run 200 times, with changing numbers of ranks, and proves exactly-once after each: 15 minutes.
+## Kills a loading run 200 times, with changing numbers of ranks, and proves exactly-once after each: 15 minutes. Then 60
+## events of everything that goes wrong with a training (kills, signals, full disk, damaged checkpoints, NaN): an hour.
 soak: $(STAMP)
 	$(BIN)/python tests/soak_sampler.py --kills 200
+	$(BIN)/python tests/soak_events.py --events 60
+
+## A billion parameters trained on this machine without a GPU: three steps, kill -9, one more; 16 GiB, 60 GB of disk.
+proof-1b: $(STAMP) system-packages
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/proof_1b.py
 
 ## On a machine with an NVIDIA GPU, torch and Triton (nothing is installed): are the kernels right and fast there?
 gpu-check:

@@ -54,6 +54,7 @@ class ShardedEMA:
         self._twins = engine.twins({name: (self._source[name], twin) for name, twin in parameters.items()})
         self._shadow: dict[str, Tensor] = {}
         self._mapped: dict[str, MappedFile] = {}
+        self._groups: list[list[str]] = []  # names by sub-group of the optimizer
         self._squares: list[Tensor] = []
         self._start()
 
@@ -101,18 +102,20 @@ class ShardedEMA:
 
     def layout(self) -> dict[str, Layout]:
         """See State."""
-        return {f"ema/{name}": self._engine.piece(source).layout for name, source in self._source.items()}
+        names = [name for group in self._groups for name in group]
+        return {f"ema/{name}": self._engine.piece(self._source[name]).layout for name in names}
 
     def groups(self, *, write: bool = False) -> Iterator[Mapping[str, Slice]]:
-        """See State; one group. Every rank iterates with `write`."""
+        """See State; one group for each sub-group of the optimizer. Every rank iterates with `write`."""
         layout = self.layout()
-        yield {
-            f"ema/{name}": Slice(layout[f"ema/{name}"].shape, layout[f"ema/{name}"].offset, values)
-            for name, values in self._shadow.items()
-        }
+        for names in self._groups:
+            keys = {f"ema/{name}": name for name in names}
+            yield {key: Slice(layout[key].shape, layout[key].offset, self._shadow[name]) for key, name in keys.items()}
+            if write:
+                self._write(names)
+            self._release(names)
         if write:
-            self._write()
-        self._release(self._shadow)
+            self._twins.publish(self._shadow)
 
     @torch.no_grad()
     def _start(self) -> None:
@@ -123,21 +126,22 @@ class ShardedEMA:
                 masters = partitions.masters(index)
                 found = {self._copy_of[s]: masters[s].values for s in masters if s in self._copy_of}
                 self._shadow |= self._storage(index, found)
-        self._shadow = {name: self._shadow[name] for name in self._source}
-        self._write()
+                self._groups.append(list(found))
+            self._write(found)
+            self._release(found)
+        self._twins.publish(self._shadow)
 
     def _storage(self, index: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of `values`: in memory, or in a mapped file beside the optimizer's where that one is on NVMe."""
-        if not values or not self._engine.partitions.swapped(index):
+        total = sum(value.numel() for value in values.values())
+        if not total or not self._engine.partitions.swapped(index):
             return {name: value.clone() for name, value in values.items()}
         folder = swap_folder(self._engine.ds_config) / "ema" / f"rank{self._engine.rank.rank}"
         folder.mkdir(parents=True, exist_ok=True)
-        total = sum(value.numel() for value in values.values())
         file = MappedFile(folder / f"{index}.bin", numel=total)
         runs = file.values.split([value.numel() for value in values.values()])
         for run, value in zip(runs, values.values(), strict=True):
             run.copy_(value)
-        file.release()
         self._mapped |= dict.fromkeys(values, file)
         return dict(zip(values, runs, strict=True))
 
@@ -146,10 +150,10 @@ class ShardedEMA:
         for file in {id(file): file for file in map(self._mapped.get, names) if file}.values():
             file.release()
 
-    def _write(self) -> None:
-        for name, values in self._shadow.items():
-            self._twins.weights(name).copy_(values)
-        self._twins.publish(self._shadow)
+    @torch.no_grad()
+    def _write(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._twins.weights(name).copy_(self._shadow[name])
 
 
 class MappedFile:
