@@ -2,12 +2,14 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import recipe as tiny_recipe
 
+from m3i_large import metrics
 from m3i_large.errors import DivergenceError, UserError
 from m3i_large.metrics import append_row, read_metrics, read_rows
 from m3i_large.recipe import Recipe, validate
@@ -75,6 +77,38 @@ def test_the_highest_attempt_counts_and_a_cut_line_is_dropped(tmp_path: Path) ->
     assert read_rows(tmp_path / "none.jsonl") == [] and read_exit(tmp_path) == {}
 
 
+def test_rows_that_a_full_disk_refuses_wait_for_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full, append = [False], metrics.append_row
+
+    def refusing(path: Path, row: dict) -> None:
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        append(path, row)
+
+    monkeypatch.setattr(metrics, "append_row", refusing)
+    writer = metrics.MetricsWriter(tmp_path, attempt=0, enabled=True, tensorboard=False)
+    for step in range(5):
+        full[0] = step in (1, 2, 4)
+        writer.log({"step": step})
+        writer.event("skip", step=step)
+    full[0] = False
+    writer.close()
+    for name in ("metrics.jsonl", "events.jsonl"):
+        assert [row["step"] for row in read_rows(tmp_path / name)] == [0, 1, 2, 3, 4]
+
+
+def test_the_last_rows_are_the_whole_ones_at_the_end(tmp_path: Path) -> None:
+    for step in range(100):
+        append_row(tmp_path / "metrics.jsonl", {"step": step})
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 100')
+    size = len('{"step": 99}\n')
+    for num_bytes in range(3 * size, 4 * size):
+        whole = (num_bytes - len('{"step": 100')) // size
+        rows = metrics.last_rows(tmp_path / "metrics.jsonl", num_bytes=num_bytes)
+        assert [row["step"] for row in rows] == list(range(100 - whole, 100))
+    assert len(metrics.last_rows(tmp_path / "metrics.jsonl")) == 100
+
+
 def test_stop_signals_are_remembered_and_handlers_restored() -> None:
     from m3i_large.stop_signals import StopSignals
 
@@ -111,6 +145,11 @@ def test_the_first_failure_is_the_one_in_exit_json_and_only_of_a_run_that_has_be
     assert [e["event"] for e in events] == ["start", "resume", "end"] and events[-1]["outcome"] == "failed"
     begin(run, {})
     assert read_exit(run.directory) == {}
+    with ThreadPoolExecutor(8) as ranks:
+        list(ranks.map(run.failed, [f"rank {i}" for i in range(8)]))
+    ends = [e["message"] for e in read_rows(run.directory / "events.jsonl") if e["event"] == "end"]
+    assert ends[1:] == [read_exit(run.directory)["message"]], "all fail at once: one is the first"
+    begin(run, {})
     with pytest.raises(DivergenceError), failures_recorded(run):
         raise DivergenceError("one line")
     assert read_exit(run.directory)["message"] == "one line"
