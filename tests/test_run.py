@@ -48,6 +48,21 @@ def test_another_recipe_or_foreign_files_are_refused_untouched(recipe: Recipe, t
         open_run(tmp_path / "new", recipe, resume=str(tmp_path / "thesis"))
 
 
+def test_a_run_does_not_go_back_to_an_earlier_checkpoint_of_its_own(recipe: Recipe, tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", recipe, resume="auto")
+    begin(run, {})
+    for name in ("step_00000002", "step_00000004"):
+        (run.checkpoints / name).mkdir(parents=True)
+        (run.checkpoints / name / "manifest.json").write_text("{}")
+    newest = run.checkpoints / "step_00000004"
+    for resume in ("auto", str(newest), str(tmp_path / "elsewhere"), "s3://bucket/run"):
+        assert open_run(run.directory, recipe, resume=resume).resume_from == newest
+    earlier = str(run.checkpoints / "step_00000002")
+    with pytest.raises(UserError, match=r"--resume: got .*2, but this run's newest checkpoint is step_00000004"):
+        open_run(run.directory, recipe, resume=earlier)
+    assert str(open_run(tmp_path / "new", recipe, resume=earlier).resume_from) == earlier
+
+
 def test_precision_and_threads_are_settled_once_and_reused(tmp_path: Path) -> None:
     values = tiny_recipe(tmp_path, precision="auto", threads=None)
     first = resolve(validate(values), tmp_path / "run", torch.device("cpu"))
