@@ -142,6 +142,15 @@ def require_wandb(project: str | None) -> None:
         )
 
 
+def _wandb_id(run: Path) -> str:
+    """What this run is called in a project on all its starts; directories of several runs may have one name."""
+    path = run / "wandb" / "run_id"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(uuid.uuid4().hex, encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
 class MetricsWriter:
     """Writes metrics.jsonl and events.jsonl of a run directory, and the same scalars to TensorBoard and wandb.
 
@@ -167,7 +176,8 @@ class MetricsWriter:
         if enabled and wandb_project is not None:
             import wandb
 
-            self._wandb = wandb.init(project=wandb_project, name=run.name, dir=str(run), resume="allow", id=run.name)
+            name, number = run.name, _wandb_id(run)
+            self._wandb = wandb.init(project=wandb_project, name=name, dir=str(run), resume="allow", id=number)
             # Its own count of steps cannot go back to a checkpoint.
             self._wandb.define_metric("*", step_metric="step")
 

@@ -159,8 +159,8 @@ def _resume_point(directory: Path, resume: str) -> Path | None:
     own = checkpoint.newest(directory / "checkpoints")
     if own is not None and Path(resume).parent.resolve() == own.parent.resolve() and Path(resume).name != own.name:
         raise UserError(
-            f"--resume: got {resume}, but this run's newest checkpoint is {own.name}; needed: auto, or another --out to "
-            "start a run from an earlier one"
+            f"--resume: got {resume}, but this run's newest checkpoint is {own.name}; needed: auto, or another --out, "
+            "to start a run from an earlier one"
         )
     if resume in ("auto", "never") or own is not None:
         return own
