@@ -82,6 +82,7 @@ def pretrain(arguments: list[str]) -> int:
         # Importing the trainer takes seconds (DeepSpeed, transformers): only once the arguments make sense.
         from m3i_large.parallel.comm import start_distributed, stop_distributed
         from m3i_large.profiling import Window
+        from m3i_large.stop_signals import Stopped
         from m3i_large.train import train
 
         profile = Window.parse(options.profile) if options.profile else None
@@ -89,6 +90,9 @@ def pretrain(arguments: list[str]) -> int:
         rank = start_distributed()
         try:
             outcome = train(recipe, ds=options.ds, out=out, resume=options.resume, rank=rank, profile=profile)
+        except Stopped as stopped:
+            print(f"{out}: {stopped}", file=sys.stderr)
+            outcome = "interrupted"
         finally:
             stop_distributed()
         return {"finished": 0, "interrupted": REQUEUE}.get(outcome, 1)

@@ -18,6 +18,7 @@ from m3i_large.goodput import Goodput, goodput
 from m3i_large.metrics import EVENTS, METRICS, append_row, create_json, event_row, iterate_rows, last_rows, write_json
 from m3i_large.parallel.comm import Rank, local_ranks
 from m3i_large.recipe import Recipe, validate
+from m3i_large.stop_signals import Stopped
 
 Outcome = Literal["finished", "interrupted", "failed"]
 RECIPE, ENV, EXIT = "recipe.yaml", "env.json", "exit.json"
@@ -71,9 +72,11 @@ class Run:
 
 @contextmanager
 def failures_recorded(run: Run) -> Iterator[None]:
-    """Writes the first line of whatever ends this rank into exit.json."""
+    """Writes the first line of whatever ends this rank into exit.json, but for a stop before the first step."""
     try:
         yield
+    except Stopped:
+        raise
     except BaseException as error:
         text = str(error).strip().split("\n")[0]
         known = isinstance(error, UserError | OutageError | DivergenceError)

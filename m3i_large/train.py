@@ -34,7 +34,7 @@ from m3i_large.run import (
     resolve,
     resume_point,
 )
-from m3i_large.stop_signals import StopSignals
+from m3i_large.stop_signals import StopSignals, stopping_at_once
 from m3i_large.stream import check_world, make_loader, plan_mixture, prepare_sources, restore_mixture
 from m3i_large.telemetry import Flops
 
@@ -56,6 +56,7 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank, profi
         UserError: something in the input is wrong; nothing was written then.
         DivergenceError: the run does not get past steps that are not finite, or spike.
         OutageError: the last checkpoint could not be saved.
+        Stopped: by a signal before the first step; there is nothing to save.
     """
     began = time.time()
     require_wandb(recipe.train.wandb_project)
@@ -63,13 +64,22 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank, profi
     torch.set_num_threads(recipe.train.threads or 1)
     run = open_run(out, recipe, resume=resume)
     with failures_recorded(run):
-        return _start(recipe, run, ds=ds, resume=resume, rank=rank, profile=profile, began=began)
+        with stopping_at_once():
+            ready = _set_up(recipe, run, ds=ds, resume=resume, rank=rank, profile=profile)
+        if ready is None:
+            return "finished"
+        loop, open_stream, start = ready
+        with loop.saver:
+            outcome = _attempts(loop, open_stream, start=start, began=began)
+            if outcome == "finished":
+                loop.finish_copies()
+        return outcome
 
 
-def _start(
-    recipe: Recipe, run: Run, *, ds: Path, resume: str, rank: Rank, profile: Window | None, began: float
-) -> Outcome:
-    """From an opened run directory to the end of the run."""
+def _set_up(
+    recipe: Recipe, run: Run, *, ds: Path, resume: str, rank: Rank, profile: Window | None
+) -> tuple[Loop, Callable[..., Loader], int] | None:
+    """From an opened run directory to the loop, its data and its first step; None where the run is finished."""
     ds_config = read_ds_config(ds, _step_sizes(recipe, rank), world=rank.world)
     sources = prepare_sources(recipe, rank)
     saved, found = resume_point(run, resume=resume, rank=rank)
@@ -84,7 +94,7 @@ def _start(
     progress = Progress(run.directory, total=steps, enabled=rank.is_first, every=recipe.train.log_every)
     if saved and saved.step >= steps and read_exit(run.directory).get("outcome") == "finished":
         progress.say(f"{run.directory} is finished: {steps} of {steps} steps; nothing to do")
-        return "finished"
+        return None
 
     flops = _flops(recipe, rank)
     engine, target = build_engine(recipe, ds_config, rank)
@@ -113,12 +123,7 @@ def _start(
         origin=saved,
         flops=flops,
     )
-    open_stream = partial(make_loader, recipe, mixture, sources, rank)
-    with loop.saver:
-        outcome = _attempts(loop, open_stream, start=saved.step if saved else 0, began=began)
-        if outcome == "finished":
-            loop.finish_copies()
-    return outcome
+    return loop, partial(make_loader, recipe, mixture, sources, rank), saved.step if saved else 0
 
 
 def _step_sizes(recipe: Recipe, rank: Rank) -> StepSizes:

@@ -138,6 +138,19 @@ def test_stop_signals_are_remembered_and_handlers_restored() -> None:
     assert [signal.getsignal(number) for number in asking] == before
 
 
+def test_a_signal_while_a_run_sets_itself_up_ends_it_at_once_and_is_no_failure(recipe: Recipe, tmp_path: Path) -> None:
+    from m3i_large.stop_signals import Stopped, stopping_at_once
+
+    run = open_run(tmp_path / "run", recipe, resume="auto")
+    begin(run, {})
+    before = signal.getsignal(signal.SIGTERM)
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        with pytest.raises(Stopped, match=f"{number.name} before the first step"):  # noqa: SIM117
+            with failures_recorded(run), stopping_at_once():
+                os.kill(os.getpid(), number)
+        assert read_exit(run.directory) == {} and signal.getsignal(signal.SIGTERM) == before
+
+
 def test_the_first_failure_is_the_one_in_exit_json_and_only_of_a_run_that_has_begun(
     recipe: Recipe, tmp_path: Path
 ) -> None:
