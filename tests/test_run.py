@@ -181,3 +181,24 @@ def test_the_first_failure_is_the_one_in_exit_json_and_only_of_a_run_that_has_be
     with pytest.raises(DivergenceError), failures_recorded(run):
         raise DivergenceError("one line")
     assert read_exit(run.directory)["message"] == "one line"
+
+
+def test_a_hang_is_an_incident_and_the_end(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from m3i_large.parallel.watchdog import Beat
+    from m3i_large.train import _report_hang
+
+    run = open_run(tmp_path / "run", recipe, resume="auto")
+    begin(run, {})
+    append_row(run.directory / "metrics.jsonl", {"attempt": 0, "step": 30, "time": 3.0})
+    _report_hang(run, [Beat(17, "node2", 400, 31, "forward", False)])
+    incident, end = read_rows(run.directory / "events.jsonl")
+    rank = {"rank": 17, "host": "node2", "step": 31, "phase": "forward"}
+    assert (incident["event"], incident["what"], incident["step"], incident["ranks"]) == (
+        "incident",
+        "hang",
+        31,
+        [rank],
+    )
+    message = "no progress: rank 17 (node2) in forward of step 31"
+    assert end.items() >= {"event": "end", "outcome": "failed", "step": 31, "message": message}.items()
+    assert read_exit(run.directory)["message"] == message and message in capsys.readouterr().err
