@@ -92,6 +92,19 @@ def test_the_highest_attempt_counts_and_a_cut_line_is_dropped(tmp_path: Path) ->
     assert read_rows(tmp_path / "none.jsonl") == [] and read_exit(tmp_path) == {}
 
 
+def test_only_one_creates_a_file_and_links_are_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "exit.json"
+    assert metrics.create_json(path, 1) and not metrics.create_json(path, 2)
+    with monkeypatch.context() as patch:  # what a rank sees that looked before the other one wrote
+        patch.setattr(Path, "exists", lambda self: False)
+        assert not metrics.create_json(path, 3)
+    assert path.read_text() == "1\n" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    assert not metrics.create_json(path, 4)
+    path.unlink()
+    assert metrics.create_json(path, 5) and path.read_text() == "5\n" and list(tmp_path.iterdir()) == [path]
+
+
 def test_rows_that_a_full_disk_refuses_wait_for_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full, append = [False], metrics.append_row
 
