@@ -43,11 +43,9 @@ bench: $(STAMP)
 	$(BIN)/m3i bench loader
 	$(BIN)/m3i bench step
 
-## Kills a loading run 200 times, with changing numbers of ranks, and proves exactly-once after each (15 minutes); then
-## 60 events of everything that goes wrong with training runs (longer; a table in runs/soak_events/*/events.md).
+## Kills a loading run 200 times, with changing numbers of ranks, and proves exactly-once after each: 15 minutes.
 soak: $(STAMP)
 	$(BIN)/python tests/soak_sampler.py --kills 200
-	$(BIN)/python tests/soak_events.py --events 60 --out runs/soak_events/$$(date +%Y%m%d_%H%M%S)
 
 ## On a machine with an NVIDIA GPU, torch and Triton (nothing is installed): are the kernels right and fast there?
 gpu-check:
