@@ -82,6 +82,7 @@ def pretrain(arguments: list[str]) -> int:
         # Importing the trainer takes seconds (DeepSpeed, transformers): only once the arguments make sense.
         from m3i_large.parallel.comm import start_distributed, stop_distributed
         from m3i_large.profiling import Window
+        from m3i_large.stop_signals import Stopped
         from m3i_large.train import train
 
         profile = Window.parse(options.profile) if options.profile else None
@@ -89,6 +90,9 @@ def pretrain(arguments: list[str]) -> int:
         rank = start_distributed()
         try:
             outcome = train(recipe, ds=options.ds, out=out, resume=options.resume, rank=rank, profile=profile)
+        except Stopped as stopped:
+            print(f"{out}: {stopped}", file=sys.stderr)
+            outcome = "interrupted"
         finally:
             stop_distributed()
         return {"finished": 0, "interrupted": REQUEUE}.get(outcome, 1)
@@ -154,7 +158,10 @@ def supervise_command(
     failures: Annotated[int, typer.Option(help="Failures in a row at the same step that end it.", min=1)] = 3,
     delay: Annotated[float, typer.Option(help="Seconds before the first restart; doubles up to 300.", min=0)] = 5.0,
     grace: Annotated[float, typer.Option(help="Seconds from a stop signal to the kill.", min=0)] = 120.0,
-    timeout: Annotated[float, typer.Option(help="Seconds without a new row after which a run hangs.", min=1)] = 1800.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds without a new row after which a run hangs (4 x train.timeout_s).", min=1),
+    ] = None,
     ranks_command: Annotated[str | None, typer.Option(help="Shell command that prints how many ranks can run.")] = None,
 ) -> int:
     """Restarts a training after a crash or a hang, on the ranks that are left, with the same batches."""
@@ -171,7 +178,13 @@ def supervise_command(
         run=options.out or Path("runs") / recipe.name,
         worlds=valid_world_sizes(recipe),
         available=lambda: available_ranks(parsed, ranks_command=ranks_command),
-        policy=Policy(failures=failures, delay_s=delay, grace_s=grace, timeout_s=timeout),
+        policy=Policy(
+            failures=failures,
+            delay_s=delay,
+            grace_s=grace,
+            # The run itself finds a hang within three times its timeout, and names the rank: it comes first.
+            timeout_s=4 * recipe.train.timeout_s if timeout is None else timeout,
+        ),
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
 

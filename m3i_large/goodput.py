@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from m3i_large.metrics import iterate_rows, read_rows
+from m3i_large.metrics import EVENTS, METRICS, iterate_rows, read_rows
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Goodput:
 
 def goodput(run: Path) -> Goodput:
     """Reads a run directory, of a run that goes on or has ended in whatever way."""
-    events = [event for event in read_rows(run / "events.jsonl") if "time" in event]
+    events = [event for event in read_rows(run / EVENTS) if "time" in event]
     skipped = {(e["attempt"], e["step"]) for e in events if e["event"] == "skip"}
     began = min((e["time"] - e.get("setup_s", 0.0) for e in events), default=0.0)
     ended = max((e["time"] for e in events), default=0.0)
     replaced = _replaced_from(events)
     spent = dict.fromkeys(("productive", "data", "skipped", "replayed"), 0.0)
-    for row in iterate_rows(run / "metrics.jsonl"):  # a long run has a million
+    for row in iterate_rows(run / METRICS):  # a long run has a million
         if "time/step_s" not in row:
             continue
         seconds, waited, step, attempt = row["time/step_s"], row["data/wait_s"], row["step"], row["attempt"]

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,10 +100,20 @@ class Guard:
         self.rewinds = self.rewinds if step <= self._last_bad else 0
         return Judgement("spike" if first else "good")  # a loss that stays high is told once
 
+    def recall(self, losses: Mapping[int, float]) -> None:
+        """Takes in the losses of steps before this start, so that a restart changes no judgement."""
+        for step in sorted(losses.keys() - self.skip_steps):
+            self._high = self._detector.is_spike(step, losses[step])
+
     @property
     def streak(self) -> list[int]:
         """The bad steps that led here; empty after a good one. What is saved during a streak may be bad as well."""
         return list(self._streak)
+
+    @property
+    def spoiled(self) -> bool:
+        """Whether weights hold an update that may be undone: they are not worth a checkpoint."""
+        return self._undo
 
     def skipped(self, step: int) -> int:
         """How many steps up to and with `step` were not applied."""

@@ -15,7 +15,6 @@ from m3i_large.data.batch import Batch
 from m3i_large.data.loader import Loader
 from m3i_large.data.mixture import Mixture
 from m3i_large.errors import DivergenceError, OutageError
-from m3i_large.goodput import goodput
 from m3i_large.guard import Guard
 from m3i_large.metrics import MetricsWriter, append_row, package_versions
 from m3i_large.micro_step import MicroStep
@@ -41,7 +40,7 @@ LOG_SCALE = "text_head.log_scale"
 COPIES_AT_STOP_S = 5.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Loop:
     """Everything one optimizer step touches."""
 
@@ -90,7 +89,7 @@ class Loop:
                 return None
             done = step + 1
             due |= done % every == 0
-            if number or done == self.steps or (due and not self.guard.streak):
+            if done == self.steps or (number and not self.guard.spoiled) or (due and not self.guard.streak):
                 with self.clock("checkpoint"):
                     self.save(done)
                 due = False
@@ -288,19 +287,26 @@ class Loop:
     def _end(self, outcome: Outcome, *, step: int) -> Outcome:
         self.profile.close()
         self.progress.close()
-        failure = self.saver.finish(copies_s=None if outcome == "finished" else COPIES_AT_STOP_S)
+        failure = self.saver.finish()
         self._tell(self.saver.poll())
+        if outcome == "interrupted":
+            self.finish_copies(wait_s=COPIES_AT_STOP_S)
         message = f"checkpoint: the last one, step {step}, could not be saved: {failure}" if failure else ""
-        if self.rank.is_first:
-            said: Outcome = "failed" if failure else outcome
-            ended = self.directory.ended(said, step=step, message=message)
-            self.writer.event("end", step=step, outcome=said, goodput=ended["goodput"])
         self.writer.close()
+        if self.rank.is_first:
+            found = self.directory.ended("failed" if failure else outcome, step=step, message=message)
+            more = "" if outcome == "finished" else "; the same command continues"
+            if not failure:
+                self.progress.say(f"{self.directory.directory} {outcome} after {step} of {self.steps} steps{more}")
+                self.progress.say(found.to_text())
+        barrier()  # the launcher ends all ranks once one has ended otherwise than with 0
         if failure:
             raise OutageError(message)
-        more = "" if outcome == "finished" else "; the same command continues from here"
-        self.progress.say(f"{self.directory.directory} {outcome} after {step} of {self.steps} steps{more}")
-        if self.rank.is_first:
-            self.progress.say(goodput(self.directory.directory).to_text())
-        barrier()
         return outcome
+
+    def finish_copies(self, *, wait_s: float | None = None) -> None:
+        """Waits on the first rank for the copies of checkpoints elsewhere, and tells what went wrong with them.
+
+        At the end of a run that may take long: the other ranks have left, no watchdog looks, a signal ends it.
+        """
+        self._tell(self.saver.finish_copies(wait_s=wait_s))

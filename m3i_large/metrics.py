@@ -7,7 +7,10 @@ import os
 import platform
 import sys
 import time
+import uuid
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ import torch
 
 from m3i_large.errors import UserError
 
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+TAIL_BYTES = 256 * 1024  # many rows; the whole file of a long run is gigabytes
 PACKAGES = ("m3i_large", "torch", "deepspeed", "timm", "transformers", "numpy")
 
 
@@ -50,10 +55,31 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return list(iterate_rows(path))
 
 
+def last_rows(path: Path, *, num_bytes: int = TAIL_BYTES) -> list[dict[str, Any]]:
+    """The rows that are whole in the last bytes of a JSON-lines file."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - num_bytes))
+        lines = file.read().splitlines()
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # cut at either end
+            continue
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def event_row(kind: str, *, step: int, attempt: int, **details: Any) -> dict[str, Any]:
+    """A row of events.jsonl: start, resume, save, skip, preempt, incident or end."""
+    return {"event": kind, "step": step, "attempt": attempt, "time": time.time(), **details}
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Metric rows by step; of rows with the same step the highest attempt counts."""
     best: dict[int, dict[str, Any]] = {}
-    for row in read_rows(run / "metrics.jsonl"):
+    for row in read_rows(run / METRICS):
         if row["step"] not in best or row["attempt"] >= best[row["step"]]["attempt"]:
             best[row["step"]] = row
     return [best[step] for step in sorted(best)]
@@ -61,9 +87,26 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several ranks may write one
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # ranks of several machines may write one
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def create_json(path: Path, value: Any) -> bool:
+    """As `write_json`, but of all that write a file only the first one does: whether it was this one."""
+    if path.exists():
+        return False
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    write_json(temporary, value)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
 
 
 def package_versions() -> dict[str, str]:
@@ -99,10 +142,20 @@ def require_wandb(project: str | None) -> None:
         )
 
 
+def _wandb_id(run: Path) -> str:
+    """What this run is called in a project on all its starts; directories of several runs may have one name."""
+    path = run / "wandb" / "run_id"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(uuid.uuid4().hex, encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
 class MetricsWriter:
     """Writes metrics.jsonl and events.jsonl of a run directory, and the same scalars to TensorBoard and wandb.
 
-    Only the first rank writes; on the others (`enabled` False) every call does nothing.
+    Only the first rank writes; on the others (`enabled` False) every call does nothing. Rows that a full disk refuses
+    wait for the next ones: training goes on, and `close` tries a last time.
 
     Args:
         tensorboard: mirror to run/tensorboard, where the package is installed (`has_board` says so).
@@ -115,6 +168,7 @@ class MetricsWriter:
         self._run, self._attempt, self._enabled = run, attempt, enabled
         self._board: Any = None
         self._wandb: Any = None
+        self._waiting: deque[tuple[Path, dict[str, Any]]] = deque()
         if enabled and tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -122,7 +176,8 @@ class MetricsWriter:
         if enabled and wandb_project is not None:
             import wandb
 
-            self._wandb = wandb.init(project=wandb_project, name=run.name, dir=str(run), resume="allow", id=run.name)
+            name, number = run.name, _wandb_id(run)
+            self._wandb = wandb.init(project=wandb_project, name=name, dir=str(run), resume="allow", id=number)
             # Its own count of steps cannot go back to a checkpoint.
             self._wandb.define_metric("*", step_metric="step")
 
@@ -135,7 +190,7 @@ class MetricsWriter:
         """One optimizer step; `step` is the step's index, floats are logged as scalars."""
         if not self._enabled:
             return
-        append_row(self._run / "metrics.jsonl", {**row, "attempt": self._attempt, "time": time.time()})
+        self._append(METRICS, {**row, "attempt": self._attempt, "time": time.time()})
         scalars = {k: v for k, v in row.items() if isinstance(v, float) and math.isfinite(v)}
         if self._board is not None:
             for key, value in scalars.items():
@@ -144,15 +199,24 @@ class MetricsWriter:
             self._wandb.log({**scalars, "step": row["step"]})
 
     def event(self, kind: str, *, step: int, **details: Any) -> None:
-        """A row of events.jsonl: start, resume, save, skip, preempt, incident or end."""
-        if not self._enabled:
-            return
-        row = {"event": kind, "step": step, "attempt": self._attempt, "time": time.time(), **details}
-        append_row(self._run / "events.jsonl", row)
+        """See `event_row`."""
+        if self._enabled:
+            self._append(EVENTS, event_row(kind, step=step, attempt=self._attempt, **details))
 
     def close(self) -> None:
         """Flushes what the mirrors still hold."""
+        self._write_waiting()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        self._waiting.append((self._run / name, row))
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        with suppress(OSError):
+            while self._waiting:
+                append_row(*self._waiting[0])
+                self._waiting.popleft()

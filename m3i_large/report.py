@@ -10,9 +10,9 @@ from typing import Any
 
 from m3i_large.errors import UserError
 from m3i_large.goodput import goodput
-from m3i_large.metrics import read_metrics, read_rows
+from m3i_large.metrics import EVENTS, read_metrics, read_rows
 from m3i_large.recipe import Recipe
-from m3i_large.run import ENV, EVENTS, read_exit, read_recipe
+from m3i_large.run import ENV, read_exit, read_recipe
 
 Rows = Sequence[dict[str, Any]]
 STYLE = """
@@ -70,7 +70,7 @@ def _summary(run: Path, recipe: Recipe, rows: Rows) -> str:
     facts = {
         "outcome": f"{ended}, {rows[-1]['step'] + 1} steps, {rows[-1]['samples']:,} samples",
         "training time": f"{seconds / 60:.1f} minutes, {waited / max(seconds, 1e-9):.1%} of it waiting for data",
-        "throughput": f"{rows[-1]['samples'] / max(seconds, 1e-9):.1f} samples per second",
+        "throughput": f"{len(rows) * recipe.train.global_batch / max(seconds, 1e-9):.1f} samples per second",
         "goodput": goodput(run).to_text().removeprefix("goodput "),
         "peak memory of the first rank": f"{max(row['perf/mem_gib'] for row in rows):.2f} GiB",
         "backbone": f"{recipe.backbone.name} {recipe.backbone.arch or ''}",

@@ -2,9 +2,8 @@
 
 import json
 import os
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +14,14 @@ import yaml
 from m3i_large import checkpoint
 from m3i_large.data.storage import is_url
 from m3i_large.errors import DivergenceError, OutageError, UserError
-from m3i_large.goodput import goodput
-from m3i_large.metrics import append_row, read_rows, write_json
+from m3i_large.goodput import Goodput, goodput
+from m3i_large.metrics import EVENTS, METRICS, append_row, create_json, event_row, iterate_rows, last_rows, write_json
 from m3i_large.parallel.comm import Rank, local_ranks
 from m3i_large.recipe import Recipe, validate
+from m3i_large.stop_signals import Stopped
 
 Outcome = Literal["finished", "interrupted", "failed"]
-RECIPE, ENV, EXIT, EVENTS = "recipe.yaml", "env.json", "exit.json", "events.jsonl"
+RECIPE, ENV, EXIT = "recipe.yaml", "env.json", "exit.json"
 
 
 @dataclass(frozen=True)
@@ -38,36 +38,50 @@ class Run:
         """Where this run's checkpoints lie."""
         return self.directory / "checkpoints"
 
-    def ended(self, outcome: Outcome, *, step: int, message: str = "") -> dict[str, Any]:
-        """Writes exit.json, which supervisors trust more than the launcher's exit status; returns what it holds."""
-        body: dict[str, Any] = {"outcome": outcome, "step": step, "attempt": self.attempt, "message": message}
-        write_json(self.directory / EXIT, body)  # at once: reading all rows takes seconds, and a kill may follow
-        body["goodput"] = goodput(self.directory).to_dict()
-        write_json(self.directory / EXIT, body)
-        return body
+    def ended(self, outcome: Outcome, *, step: int, message: str = "") -> Goodput:
+        """Writes exit.json, which supervisors trust more than the launcher's exit status, and the `end` event."""
+        write_json(self.directory / EXIT, self._exit(outcome, step, message))
+        return self._add_goodput(outcome, step, message)
 
     def failed(self, message: str) -> None:
         """As `ended`, by whichever rank fails first, as the others' failures follow from its own. Once begun only."""
-        if not (self.directory / RECIPE).is_file() or (self.directory / EXIT).exists():
+        if not (self.directory / RECIPE).is_file():
             return
-        rows, events = (read_rows(self.directory / name) for name in ("metrics.jsonl", EVENTS))
-        attempt = max([self.attempt, *(event["attempt"] for event in events)])  # a reload counts as one
+        # The last rows alone: a long run has a million, and the launcher kills all ranks seconds after the first ends.
+        rows = last_rows(self.directory / METRICS)
         step = rows[-1]["step"] + 1 if rows else 0
-        body = replace(self, attempt=attempt).ended("failed", step=step, message=message)
-        event = {"event": "end", "step": step, "attempt": attempt, "time": time.time()}
-        append_row(self.directory / EVENTS, event | {k: body[k] for k in ("outcome", "message", "goodput")})
+        attempts = [row["attempt"] for row in iterate_rows(self.directory / EVENTS)]  # a reload counts as one
+        run = replace(self, attempt=max([self.attempt, *attempts]))
+        if create_json(self.directory / EXIT, run._exit("failed", step, message)):
+            run._add_goodput("failed", step, message)
+
+    def event(self, kind: str, *, step: int, **details: Any) -> None:
+        """A row of events.jsonl, from any rank; see `event_row`."""
+        append_row(self.directory / EVENTS, event_row(kind, step=step, attempt=self.attempt, **details))
+
+    def _exit(self, outcome: Outcome, step: int, message: str) -> dict[str, Any]:
+        return {"outcome": outcome, "step": step, "attempt": self.attempt, "message": message}
+
+    def _add_goodput(self, outcome: Outcome, step: int, message: str) -> Goodput:
+        """Reads all rows, which takes seconds: exit.json is there before, as a kill may follow."""
+        found = goodput(self.directory)
+        write_json(self.directory / EXIT, self._exit(outcome, step, message) | {"goodput": found.to_dict()})
+        self.event("end", step=step, outcome=outcome, message=message, goodput=found.to_dict())
+        return found
 
 
 @contextmanager
 def failures_recorded(run: Run) -> Iterator[None]:
-    """Writes the first line of whatever ends this rank into exit.json."""
+    """Writes the first line of whatever ends this rank into exit.json, but for a stop before the first step."""
     try:
         yield
+    except Stopped:
+        raise
     except BaseException as error:
         text = str(error).strip().split("\n")[0]
-        run.failed(
-            text if isinstance(error, UserError | OutageError | DivergenceError) else f"{type(error).__name__}: {text}"
-        )
+        known = isinstance(error, UserError | OutageError | DivergenceError)
+        with suppress(OSError):  # a disk that takes nothing must not hide what ended the run
+            run.failed(text if known else f"{type(error).__name__}: {text}")
         raise
 
 
@@ -140,12 +154,17 @@ def open_run(directory: Path, recipe: Recipe, *, resume: str) -> Run:
         raise UserError(f"--out: {directory} holds a run of another recipe ({changed}); choose another --out")
     if previous is not None and resume == "never":
         raise UserError(f"--resume never: {directory} already holds a run; choose another --out")
-    attempt = 1 + max((row["attempt"] for row in read_rows(directory / EVENTS)), default=-1)
+    attempt = 1 + max((row["attempt"] for row in iterate_rows(directory / EVENTS)), default=-1)
     return Run(directory, recipe, attempt, _resume_point(directory, resume))
 
 
 def _resume_point(directory: Path, resume: str) -> Path | None:
     own = checkpoint.newest(directory / "checkpoints")
+    if own is not None and Path(resume).parent.resolve() == own.parent.resolve() and Path(resume).name != own.name:
+        raise UserError(
+            f"--resume: got {resume}, but this run's newest checkpoint is {own.name}; needed: auto, or another --out, "
+            "to start a run from an earlier one"
+        )
     if resume in ("auto", "never") or own is not None:
         return own
     if is_url(resume):

@@ -1,10 +1,27 @@
 """Signals that ask a run to save and to end."""
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+Handler = Callable[[int, FrameType | None], None]
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop while it set itself up: there is nothing to save, and it can be started again."""
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """ASKING raise Stopped in the main thread."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(f"{signal.Signals(number).name} before the first step; the same command starts again")
+
+    with _handled_by(stop):
+        yield
 
 
 class StopSignals:
@@ -15,17 +32,25 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.number = 0
-        self._previous: dict[int, Any] = {}
+        self._handlers = _handled_by(self._ask)
 
     def __enter__(self) -> "StopSignals":
-        for number in ASKING:
-            self._previous[number] = signal.signal(number, self._ask)
+        self._handlers.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._handlers.__exit__(None, None, None)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         # The launcher passes SIGTERM on after Ctrl-C: the first signal is the reason.
         self.number = self.number or number
+
+
+@contextmanager
+def _handled_by(handler: Handler) -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number in ASKING}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)

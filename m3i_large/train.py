@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from m3i_large.assembly import build_engine, restore
+from m3i_large.checkpoint import Checkpoint
 from m3i_large.data.loader import Loader
 from m3i_large.data.sources import manifest_hash
 from m3i_large.guard import Guard
 from m3i_large.loop import Loop
-from m3i_large.metrics import append_row, environment, require_wandb
+from m3i_large.metrics import METRICS, environment, last_rows, require_wandb
 from m3i_large.micro_step import chunk_rows, micro_step
-from m3i_large.parallel.comm import Rank, barrier
+from m3i_large.parallel.comm import Rank, barrier, gather_objects
 from m3i_large.parallel.ds_config import StepSizes, read_ds_config
 from m3i_large.parallel.watchdog import Beat, Watchdog, describe
 from m3i_large.plan import flops_per_sample, peak_flops
@@ -23,7 +24,6 @@ from m3i_large.profiling import Profile, Window
 from m3i_large.progress import Progress
 from m3i_large.recipe import Recipe
 from m3i_large.run import (
-    EVENTS,
     Outcome,
     Run,
     begin,
@@ -34,9 +34,11 @@ from m3i_large.run import (
     resolve,
     resume_point,
 )
-from m3i_large.stop_signals import StopSignals
+from m3i_large.stop_signals import StopSignals, stopping_at_once
 from m3i_large.stream import check_world, make_loader, plan_mixture, prepare_sources, restore_mixture
 from m3i_large.telemetry import Flops
+
+RECALLED_BYTES = 2**24  # of metrics.jsonl: thousands of steps, more than a window and what was lost in a crash
 
 
 def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank, profile: Window | None = None) -> Outcome:
@@ -54,6 +56,7 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank, profi
         UserError: something in the input is wrong; nothing was written then.
         DivergenceError: the run does not get past steps that are not finite, or spike.
         OutageError: the last checkpoint could not be saved.
+        Stopped: by a signal before the first step; there is nothing to save.
     """
     began = time.time()
     require_wandb(recipe.train.wandb_project)
@@ -61,21 +64,23 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank, profi
     torch.set_num_threads(recipe.train.threads or 1)
     run = open_run(out, recipe, resume=resume)
     with failures_recorded(run):
-        return _start(recipe, run, ds=ds, resume=resume, rank=rank, profile=profile, began=began)
+        with stopping_at_once():
+            ready = _set_up(recipe, run, ds=ds, resume=resume, rank=rank, profile=profile)
+        if ready is None:
+            return "finished"
+        loop, open_stream, start = ready
+        with loop.saver:
+            outcome = _attempts(loop, open_stream, start=start, began=began)
+            if outcome == "finished":
+                loop.finish_copies()
+        return outcome
 
 
-def _start(
-    recipe: Recipe, run: Run, *, ds: Path, resume: str, rank: Rank, profile: Window | None, began: float
-) -> Outcome:
-    """From an opened run directory to the end of the run."""
-    sizes = StepSizes(
-        micro_batch=recipe.train.micro_batch_at(rank.world),
-        accumulation=recipe.train.accumulation,
-        clip=recipe.optim.clip,
-        bf16=recipe.train.precision == "bf16",
-        chunked=recipe.train.contrast == "cached",
-    )
-    ds_config = read_ds_config(ds, sizes, world=rank.world)
+def _set_up(
+    recipe: Recipe, run: Run, *, ds: Path, resume: str, rank: Rank, profile: Window | None
+) -> tuple[Loop, Callable[..., Loader], int] | None:
+    """From an opened run directory to the loop, its data and its first step; None where the run is finished."""
+    ds_config = read_ds_config(ds, _step_sizes(recipe, rank), world=rank.world)
     sources = prepare_sources(recipe, rank)
     saved, found = resume_point(run, resume=resume, rank=rank)
     mixture = (
@@ -89,7 +94,7 @@ def _start(
     progress = Progress(run.directory, total=steps, enabled=rank.is_first, every=recipe.train.log_every)
     if saved and saved.step >= steps and read_exit(run.directory).get("outcome") == "finished":
         progress.say(f"{run.directory} is finished: {steps} of {steps} steps; nothing to do")
-        return "finished"
+        return None
 
     flops = _flops(recipe, rank)
     engine, target = build_engine(recipe, ds_config, rank)
@@ -100,31 +105,47 @@ def _start(
         precision, threads = recipe.train.precision, torch.get_num_threads()
         begin(run, environment(world=rank.world, device=rank.device, precision=precision, threads=threads))
     barrier()  # from here on any rank may write exit.json
-    listed = [*recipe.train.skip_steps, *(saved.manifest["skip_steps"] if saved else [])]
-    guard = Guard(max_skipped=recipe.train.max_skipped, spike=recipe.train.spike, skip_steps=listed)
-    trace = Profile(profile, run=run.directory, rank=rank)
-    saver = checkpoint_writer(run, rank)
     loop = Loop(
-        recipe,
-        run,
-        engine,
-        micro_step(engine, recipe, rows=chunk),
-        target,
-        mixture,
-        manifest_hash(sources),
-        rank,
-        steps,
-        progress,
-        saver,
-        guard,
-        trace,
+        recipe=recipe,
+        directory=run,
+        engine=engine,
+        micro_step=micro_step(engine, recipe, rows=chunk),
+        target=target,
+        mixture=mixture,
+        data_hash=manifest_hash(sources),
+        rank=rank,
+        steps=steps,
+        progress=progress,
+        saver=checkpoint_writer(run, rank),
+        guard=_guard(recipe, run, saved, rank),
+        profile=Profile(profile, run=run.directory, rank=rank),
         reports=found,
         origin=saved,
         flops=flops,
     )
-    open_stream = partial(make_loader, recipe, mixture, sources, rank)
-    with saver:
-        return _attempts(loop, open_stream, start=saved.step if saved else 0, began=began)
+    return loop, partial(make_loader, recipe, mixture, sources, rank), saved.step if saved else 0
+
+
+def _step_sizes(recipe: Recipe, rank: Rank) -> StepSizes:
+    """What the recipe says of a step, for DeepSpeed's configuration."""
+    return StepSizes(
+        micro_batch=recipe.train.micro_batch_at(rank.world),
+        accumulation=recipe.train.accumulation,
+        clip=recipe.optim.clip,
+        bf16=recipe.train.precision == "bf16",
+        chunked=recipe.train.contrast == "cached",
+    )
+
+
+def _guard(recipe: Recipe, run: Run, saved: Checkpoint | None, rank: Rank) -> Guard:
+    """What judges the steps, with what the steps before the checkpoint have taught."""
+    listed = [*recipe.train.skip_steps, *(saved.manifest["skip_steps"] if saved else [])]
+    guard = Guard(max_skipped=recipe.train.max_skipped, spike=recipe.train.spike, skip_steps=listed)
+    start = saved.step if saved else 0
+    rows = last_rows(run.directory / METRICS, num_bytes=RECALLED_BYTES) if rank.is_first else []
+    losses = {row["step"]: row["loss"] for row in rows if row.get("loss") is not None and row["step"] < start}
+    guard.recall(gather_objects(losses, rank)[0])  # of rows with the same step the later one counts
+    return guard
 
 
 def _flops(recipe: Recipe, rank: Rank) -> Flops | None:
@@ -161,7 +182,6 @@ def _report_hang(run: Run, behind: list[Beat]) -> None:
     """Events and exit status of a run that a rank holds up; the first rank may be the one that hangs."""
     message = f"no progress: {describe(behind)}"
     ranks = [{"rank": beat.rank, "host": beat.host, "step": beat.step, "phase": beat.phase} for beat in behind]
-    event = {"event": "incident", "step": max(0, behind[0].step), "attempt": run.attempt, "time": time.time()}
-    append_row(run.directory / EVENTS, event | {"what": "hang", "ranks": ranks})
+    run.event("incident", step=max(0, behind[0].step), what="hang", ranks=ranks)
     run.failed(message)
     sys.stderr.write(f"error: {message}; stacks of all ranks: {run.directory / 'stacks'}\n")

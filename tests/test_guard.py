@@ -77,12 +77,25 @@ def test_what_a_spike_leads_to(action: str) -> None:
     results = [g.judge(10 + i, applied=True, loss=x) for i, x in enumerate([9.0, 9.0, 1.0])]
     if action == "reload":
         assert results == [SPIKE, SPIKE, Judgement("good", reload=True)] and g.streak == [10, 11]
+        assert g.spoiled, "not worth a checkpoint"
         g.rewind(8)
-        assert g.skip_steps == {2, 10, 11}
+        assert g.skip_steps == {2, 10, 11} and not g.spoiled
         results = [g.judge(i, applied=True, loss=1.0 if i < 12 else 9.0) for i in (8, 9, 12, 13, 14)]
         assert results == [GOOD, GOOD, SPIKE, SPIKE, Judgement("spike", reload=True)], "it need not end by itself"
     else:
         assert results == [SPIKE if action == "warn" else GOOD, GOOD, GOOD] and g.skip_steps == {2}
+        assert not g.spoiled
+
+
+def test_a_restart_changes_no_judgement() -> None:
+    losses = {i: 1.0 + 0.01 * (i % 3) for i in range(12)} | {5: 90.0}
+    before, restarted = (guard(skip_steps=[5], spike=SpikeConfig(window=10, action="reload")) for _ in range(2))
+    for step in losses.keys() - {5}:
+        before.judge(step, applied=True, loss=losses[step])
+    restarted.recall(losses)
+    assert list(before._detector._losses) == list(restarted._detector._losses)
+    assert restarted.judge(12, applied=True, loss=2.0) == SPIKE and restarted.spoiled
+    assert guard(spike=SpikeConfig(window=10, action="reload")).judge(12, applied=True, loss=2.0) == GOOD
 
 
 def test_a_slow_rank_is_told_once_after_three_looks_in_a_row() -> None:

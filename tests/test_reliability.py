@@ -1,5 +1,7 @@
 """Runs that go wrong: gradients that are not finite, spikes, reloads; what becomes of weights, data and files."""
 
+import os
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +34,7 @@ class Case:
     out: Path
     nan: dict[int, int] = field(default_factory=dict)
     factor: dict[int, float] = field(default_factory=dict)
+    stop: int = -1  # SIGTERM in this step
 
 
 def trained(rank: Rank, cases: list[Case]) -> list[str]:
@@ -45,6 +48,8 @@ def trained(rank: Rank, cases: list[Case]) -> list[str]:
 
         def hurt(self: Objective, batch, *, case=case, **more):  # type: ignore
             losses = forward(self, batch, **more)
+            if batch.step == case.stop:
+                os.kill(os.getpid(), signal.SIGTERM)
             scale = float("nan") if case.nan.get(batch.step) == rank.rank else case.factor.get(batch.step, 1.0)
             return losses | {"loss": losses["loss"] * scale}
 
@@ -149,9 +154,11 @@ def test_bad_steps_and_spikes_on_one_rank(data: Path, tmp_path: Path) -> None:
         Case(early, tmp_path / "early", nan=dict.fromkeys(range(20), 0)),
         Case(oracle, tmp_path / "oracle"),
         Case(single, tmp_path / "single", nan={3: 0}),
+        Case(undone, tmp_path / "stopped", factor={8: 5.0, 9: 5.0}, stop=8),
+        Case(undone, tmp_path / "stopped", factor={8: 5.0, 9: 5.0}),
     ]
     outcomes = run_ranks(1, trained, cases)[0]
-    assert [outcomes[i] for i in (1, 2, 4, 5)] == 4 * ["finished"]
+    assert [outcomes[i] for i in (1, 2, 4, 5, 6, 7)] == [*4 * ["finished"], "interrupted", "finished"]
     steps_that_stay_bad_end_the_run_with_one_line(tmp_path / "late", outcomes[0])
     assert outcomes[3].startswith("steps 0 to 1 are bad") and "no checkpoint lies before them" in outcomes[3]
     a_spike_is_told_or_undone(tmp_path)
@@ -167,6 +174,8 @@ def a_bad_step_changes_neither_weights_nor_average(run: Path) -> None:
 
 def a_spike_is_told_or_undone(runs: Path) -> None:
     same_end(runs / "undone", runs / "oracle")
+    same_end(runs / "stopped", runs / "oracle")
+    assert [(e["step"], e["attempt"]) for e in events(runs / "stopped", "resume")] == [(8, 1), (8, 2)], "9 is spoiled"
     assert [(e["what"], e["step"]) for e in events(runs / "told", "incident")] == [("spike", 8)]
     assert audit_runs([runs / "undone"]).skipped == [8, 9] and audit_runs([runs / "told"]).skipped == []
 

@@ -1,8 +1,11 @@
 """What a run tells of itself: times, distance of the average, slow ranks, traces, mirrors; it changes nothing."""
 
 import json
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -60,6 +63,18 @@ def test_mirrors_are_optional_and_what_was_asked_for_must_be_there(
     writer.log({"step": 0, "loss": 1.0})
     writer.close()
     assert not writer.has_board and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_wandb_continues_a_run_and_keeps_runs_of_one_name_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[dict] = []
+    fake = SimpleNamespace(init=lambda **given: opened.append(given) or MagicMock())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for run in ("a/run", "a/run", "b/run"):
+        MetricsWriter(tmp_path / run, attempt=0, enabled=True, tensorboard=False, wandb_project="p").close()
+    first, again, other = (given["id"] for given in opened)
+    assert first == again != other and {given["name"] for given in opened} == {"run"}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import cv2
 import pytest
 import torch
 import webdataset as wds
-from tiny import command, environment, picture, pretrain, recipe, write_data, write_recipe
+from tiny import ROOT, command, environment, picture, pretrain, recipe, write_data, write_recipe
 
 from m3i_large.checkpoint import Checkpoint, newest
 from m3i_large.data.audit import audit_runs
@@ -135,6 +136,18 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
     raise AssertionError(f"step {step} was never reached")
+
+
+def test_a_stop_signal_while_a_run_sets_itself_up_is_requeued_too(tiny: Path, tmp_path: Path) -> None:
+    code = "import os, sys, m3i_large.train as train; from m3i_large.cli import pretrain\n"
+    code += "train.build_engine = lambda *_: os.kill(os.getpid(), 15)\nsys.exit(pretrain(sys.argv[1:]))"
+    words = ["--ds", str(ROOT / "ds_configs/zero3.json"), "--recipe", str(tiny), "--out", str(tmp_path / "run")]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *words], env=environment(), capture_output=True, text=True, cwd=ROOT, timeout=240
+    )
+    assert result.returncode == REQUEUE, result.stdout + result.stderr
+    assert "SIGTERM before the first step" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -129,20 +129,29 @@ class CheckpointWriter:
             running, self._running = self._running, None
             running.result()
 
-    def finish(self, *, copies_s: float | None = None) -> str:
-        """Ends the saving; every rank calls it. `poll` can be asked once more afterwards.
-
-        Args:
-            copies_s: how long to wait for the copies elsewhere, seconds; None: until they are there or given up.
+    def finish(self) -> str:
+        """Ends the saving; every rank calls it. `poll` can be asked afterwards.
 
         Returns:
             Why the last save failed, empty if it is complete; the same on every rank.
         """
         self.wait()
-        if self._copier:
-            self._copier.close(wait_s=copies_s)
         self._thread.shutdown()
         return next((reason for reason in gather_objects(self._failure, self._rank) if reason), "")
+
+    def finish_copies(self, *, wait_s: float | None) -> list[Report]:
+        """Ends the copying elsewhere; the first rank waits, so nothing collective may wait for it.
+
+        Args:
+            wait_s: how long at most, seconds; None: until the copies are there or given up.
+
+        Returns:
+            What went wrong with them.
+        """
+        if self._copier is None:
+            return []
+        self._copier.close(wait_s=wait_s)
+        return self._copier.poll()
 
     def __enter__(self) -> "CheckpointWriter":
         return self

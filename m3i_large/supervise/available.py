@@ -60,7 +60,10 @@ def available_ranks(command: Command, *, ranks_command: str | None) -> Available
 
 
 def _printed_number(command: str) -> int:
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=PROBE_S)
+    try:
+        result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=PROBE_S)
+    except subprocess.TimeoutExpired:
+        raise OutageError(f"--ranks-command: does not end within {PROBE_S:g} s") from None
     text = result.stdout.strip()
     if result.returncode or not text.isdigit():
         raise OutageError(f"--ranks-command: printed {text!r} with status {result.returncode}; needed: a number")
@@ -76,7 +79,7 @@ def listed_devices() -> list[int]:
     try:
         result = subprocess.run(query, capture_output=True, text=True, check=False, timeout=PROBE_S)
     except subprocess.TimeoutExpired:
-        raise OutageError(f"nvidia-smi does not answer within {PROBE_S:.0f} s") from None
+        raise OutageError(f"nvidia-smi does not answer within {PROBE_S:g} s") from None
     found = [int(line) for line in result.stdout.split() if line.isdigit()]
     if visible is None:
         return found

@@ -1,16 +1,12 @@
 """What a run directory tells about a training from outside: how far it is, whether it still writes, how it ended."""
 
-import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m3i_large.run import EVENTS, EXIT, read_exit
-
-METRICS = "metrics.jsonl"
-TAIL_BYTES = 256 * 1024  # many rows; the whole file of a long run is gigabytes
+from m3i_large.metrics import EVENTS, METRICS, last_rows
+from m3i_large.run import EXIT, read_exit
 
 
 @dataclass(frozen=True)
@@ -34,23 +30,6 @@ def reached(run: Path) -> Reached:
     steps = [row["step"] + 1 for row in last_rows(run / METRICS) if "step" in row]
     saves = [row["step"] for row in last_rows(run / EVENTS) if row.get("event") == "save"]
     return Reached(max(steps, default=0), max(saves, default=0))
-
-
-def last_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows in the last part of a JSON-lines file."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - TAIL_BYTES))
-        lines = file.read().splitlines()
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # cut at either end
-            continue
-    return [row for row in rows if isinstance(row, dict)]
 
 
 class Activity:

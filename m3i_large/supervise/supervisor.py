@@ -5,7 +5,9 @@ import random
 import signal
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -104,7 +106,7 @@ class Supervisor:
         self._starts = 0
         self._world = 0
         self._reached = reached(run)
-        self._unwritten: list[dict[str, Any]] = []
+        self._unwritten: deque[dict[str, Any]] = deque()
 
     def take_signal(self, number: int, frame: FrameType | None) -> None:
         """The first signal counts: schedulers and impatient people send several."""
@@ -191,9 +193,10 @@ class Supervisor:
         if outcome == "finished" or (status == 0 and not written and self._finished_before()):
             return End("finished", f"exit status {status}")
         if self._signal or outcome == "interrupted" or status == REQUEUE:
-            return End("interrupted", stopped or self._signal or "stopped by a signal of its own")
-        if status == 2 and not written and not stopped:
-            return End("mistake", "the command refused its input (exit status 2); its own message says why")
+            return End("interrupted", stopped or message or self._signal or "stopped by a signal of its own")
+        if status == 2 and not stopped:
+            said = message or "its own message says why"
+            return End("mistake", f"the command refused its input (exit status 2): {said}")
         how = f"killed by {signal.Signals(-status).name}" if status is not None and status < 0 else f"status {status}"
         return End("failed", stopped or (f"{message} ({how})" if message else f"the command ended with {how}"))
 
@@ -211,10 +214,11 @@ class Supervisor:
         row |= {"step": self._reached.step, "saved": self._reached.saved, **details}
         # A new run's directory is the training's to make: it refuses one that already holds files.
         self._unwritten.append(row)
-        if (self._run / RECIPE).is_file():
-            for waiting in self._unwritten:
-                append_row(self._run / LOG, waiting)
-            self._unwritten.clear()
+        # Nor may a full disk end the supervisor: what it does not take waits for the next row.
+        with suppress(OSError):
+            while self._unwritten and (self._run / RECIPE).is_file():
+                append_row(self._run / LOG, self._unwritten[0])
+                self._unwritten.popleft()
         shown = ", ".join(f"{k} {v}" for k, v in details.items() if k != "command")
         self._say(f"supervise: {event} (start {self._starts}, {self._world} ranks){': ' if shown else ''}{shown}")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def fill(root: Path, *steps: int, copier: Copier | None = None, keep: int = 9) -
     with CheckpointWriter(root, rank=ONE, attempt=0, keep=keep, copier=copier) as writer:
         for step in steps:
             writer.save(step, state=memory_state(tensors(step)), manifest={})
-        assert writer.finish() == ""
+        assert writer.finish() == "" and writer.finish_copies(wait_s=None) == []
     return root
 
 
@@ -196,8 +197,7 @@ def test_a_place_that_fails_is_tried_again_and_then_reported(tmp_path: Path, mon
     with CheckpointWriter(near, rank=ONE, attempt=0, keep=1, copier=copier) as writer:
         writer.save(1, state=memory_state(tensors()), manifest={})
         assert writer.finish() == "", "the run does not depend on the copy"
-        reports = writer.poll()
-        save, incident = reports
+        save, incident = writer.poll() + writer.finish_copies(wait_s=None)
     assert save.event == "save" and incident.details["what"] == "checkpoint_copy" and len(calls) == 4
     shown = f"memory://user:***@{tmp_path.name}"
     assert incident.details == {
@@ -212,8 +212,6 @@ def test_a_place_that_fails_is_tried_again_and_then_reported(tmp_path: Path, mon
 
 
 def test_a_copy_under_way_is_not_removed_by_retention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
     near, remote = tmp_path / "near", Remote(f"memory://{tmp_path.name}_busy")
     begun, go, real = threading.Event(), threading.Event(), Remote.mirror
     monkeypatch.setattr(Remote, "mirror", lambda self, d: (begun.set(), go.wait(30), real(self, d))[2])
@@ -224,9 +222,22 @@ def test_a_copy_under_way_is_not_removed_by_retention(tmp_path: Path, monkeypatc
             writer.wait()
             assert begun.wait(30)
         assert [p.name for p in complete_checkpoints(near)] == ["step_00000001", "step_00000002"]
+        assert writer.finish() == "", "the end of the saving does not wait for the place"
         go.set()
-        assert writer.finish() == ""
+        writer.finish_copies(wait_s=None)
     assert remote.steps() == [2]
+
+
+def test_a_stop_waits_for_a_copy_only_so_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(Remote, "mirror", lambda *_: go.wait(30))
+    copier = Copier(tmp_path, Remote(f"memory://{tmp_path.name}_slow"), keep=1)
+    with CheckpointWriter(tmp_path, rank=ONE, attempt=0, keep=1, copier=copier) as writer:
+        writer.save(1, state=memory_state(tensors(1)), manifest={})
+        assert writer.finish() == ""
+        (late,) = writer.finish_copies(wait_s=0.01)
+        assert "not finished when the run ended" in late.details["reason"]
+        go.set()
 
 
 def test_secrets_are_not_shown() -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from states import DiskState, at, memory_state, tensors
 
-from m3i_large.checkpoint import Checkpoint, CheckpointWriter, complete_checkpoints, newest, save
+from m3i_large.checkpoint import Checkpoint, CheckpointWriter, complete_checkpoints, newest, reader, save
 from m3i_large.checkpoint.directory import clean, expired, into_place, step_directory, temporary_directory
 from m3i_large.errors import OutageError
 from m3i_large.parallel.state import MemoryState, Slice
@@ -66,13 +67,20 @@ def values(state: Any) -> dict[str, list]:
     return {k: s.values.tolist() for group in state.groups() for k, s in group.items()}
 
 
-def test_a_rank_opens_only_the_files_that_hold_its_slices(tmp_path: Path) -> None:
+def test_a_rank_opens_only_the_files_that_hold_its_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def noting(path: str, **more: Any) -> Any:
+        opened.append(Path(path).name)
+        return safe_open(path, **more)
+
+    monkeypatch.setattr(reader, "safe_open", noting)
     whole = {"master/a": torch.arange(80.0)}
     with writers(tmp_path, world=8) as ranks:
         save_all(ranks, 1, whole)
     saved = Checkpoint(newest(tmp_path))
     saved.restore(memory_state(whole, rank=1, world=4))
-    assert sorted(saved._files) == [f"rank_{r:05d}_of_00008.safetensors" for r in (2, 3)]
+    assert sorted(opened) == [f"rank_{r:05d}_of_00008.safetensors" for r in (2, 3)]
 
 
 def test_the_caller_may_change_the_state_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

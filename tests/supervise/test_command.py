@@ -110,6 +110,9 @@ def test_the_number_of_ranks_is_asked_for(tmp_path: Path, monkeypatch: pytest.Mo
     for wrong in ("echo six", "echo 6; exit 1", "true"):
         with pytest.raises(OutageError, match="needed: a number"):
             available_ranks(command, ranks_command=wrong)
+    monkeypatch.setattr(available, "PROBE_S", 0.1)
+    with pytest.raises(OutageError, match=r"--ranks-command: does not end within 0.1 s"):
+        available_ranks(command, ranks_command="exec sleep 60")
 
 
 def test_gpus_that_do_not_answer_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from m3i_large.errors import REQUEUE, OutageError, UserError
 from m3i_large.metrics import append_row, read_rows
-from m3i_large.supervise import Policy, processes, supervise
+from m3i_large.supervise import Policy, processes, supervise, supervisor
 from m3i_large.supervise.available import Available
 from m3i_large.supervise.command import Command
 from m3i_large.supervise.processes import MARK, marked
@@ -166,6 +166,25 @@ def test_a_mistake_in_the_input_is_not_repeated_and_writes_nothing(bench: Bench)
     assert bench.supervise([{"steps": None, "then": "exit", "status": 2}]) == 2
     assert len(bench.worlds) == 1 and not bench.run.exists()
     assert "exit status 2" in bench.said[-1]
+
+
+def test_a_mistake_that_is_found_late_is_not_repeated_either(bench: Bench) -> None:
+    failed = {"outcome": "failed", "step": 1, "attempt": 0, "message": "checkpoint: all 2 are damaged"}
+    assert bench.supervise([{"steps": [0], "then": "exit", "status": 2, "exit": failed}]) == 2
+    assert len(bench.worlds) == 1 and "all 2 are damaged" in bench.said[-1]
+
+
+def test_a_full_disk_does_not_end_the_supervisor(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(100))
+
+    def refusing(path: Path, row: dict[str, Any]) -> None:
+        if next(calls) in (1, 2):
+            raise OSError(28, "No space left on device")
+        append_row(path, row)
+
+    monkeypatch.setattr(supervisor, "append_row", refusing)
+    assert bench.supervise([{"steps": [0], "then": "kill"}, FINISH]) == 0
+    assert [row["event"] for row in bench.log()] == ["start", "restart", "start", "finished"]
 
 
 def test_a_command_that_does_not_exist_is_a_mistake(tmp_path: Path) -> None:
