@@ -1,6 +1,6 @@
 """Everything that goes wrong with a training run, at random moments, and what becomes of it.
 
-    python tests/soak_events.py --events 60 --out runs/soak_events
+    python tests/soak_events.py --events 60
 
 Trains the demo recipe in series of one number of ranks, and one whose number changes at every start. Ranks are killed
 (one, all, or while starting), asked to stop by signals, find the disk full, the newest checkpoint corrupted, their loss
@@ -366,7 +366,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/soak_events")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / time.strftime("soak_events_%Y%m%d_%H%M%S"))
     options = parser.parse_args()
     if options.out.exists():
         sys.exit(f"--out: {options.out} exists; needed: a new directory")
