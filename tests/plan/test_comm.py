@@ -14,6 +14,7 @@ from tiny import recipe
 from m3i_large.assembly import build_engine, training_state
 from m3i_large.bench import random_batch
 from m3i_large.build import build_objective
+from m3i_large.ds_file import Zero, read_ds_file, zero_of
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
 from m3i_large.parallel.ds_config import StepSizes, read_ds_config
 from m3i_large.plan.comm import collectives
@@ -21,7 +22,6 @@ from m3i_large.plan.devices import find_gpu
 from m3i_large.plan.parameters import parameter_table
 from m3i_large.plan.plan import make_plan
 from m3i_large.plan.walk import walk
-from m3i_large.plan.zero import Zero, read_zero
 from m3i_large.recipe import Recipe, validate
 
 ROWS, STEPS = 16, 3  # the first step records the order of modules, the second one uses it
@@ -139,7 +139,7 @@ def test_stage_3_sends_what_is_planned(case: str, real: list[dict[str, Any]], tm
     got = real[0]["sharded"][case]
     calls, size = got["calls"], got["bytes"]
     # A gather is logged by the shard that a rank puts in.
-    assert planned(read_zero(ds_file(tmp_path, case)), *CASES[case][3:]) == {
+    assert planned(zero_of(read_ds_file(ds_file(tmp_path, case))), *CASES[case][3:]) == {
         "all_gather": (calls["all_gather_into_tensor"], 2 * size["all_gather_into_tensor"]),
         "reduce_scatter": (calls["reduce_scatter_tensor"], size["reduce_scatter_tensor"]),
     }

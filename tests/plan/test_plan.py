@@ -8,11 +8,11 @@ import pytest
 from tiny import ROOT
 
 from m3i_large.cli import main
+from m3i_large.ds_file import Zero, read_ds_file, zero_of
 from m3i_large.errors import UserError
 from m3i_large.plan.devices import GIB, Gpu, find_gpu, known_gpus
 from m3i_large.plan.plan import Plan, make_plan
 from m3i_large.plan.tables import verdict
-from m3i_large.plan.zero import Zero, read_zero
 from m3i_large.recipe import load_recipe
 from m3i_large.stream import nominal_sizes, plan_mixture
 
@@ -25,6 +25,10 @@ def m3i(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
         main()
     out, err = capsys.readouterr()
     return int(ended.value.code or 0), out, err
+
+
+def zero_of_file(path: Path) -> Zero:
+    return zero_of(read_ds_file(path))
 
 
 def plan_of(name: str, *overrides: str, gpus: int = 8, gpu: str = "h100", zero: Zero | None = None) -> Plan:
@@ -94,15 +98,19 @@ def test_the_largest_micro_batch_is_the_largest_that_fits() -> None:
 def test_nothing_fits_on_a_device_without_memory() -> None:
     plan = plan_of("m3i", gpu="tiny:2:1")
     assert plan.best is None and plan.largest_micro_batch == {True: 0, False: 0} and plan.enough_gpus is None
-    assert verdict(plan)[0].startswith("DOES NOT FIT") and len(verdict(plan)) == 2
+    assert plan.cached is not None and not plan.cached.fits
+    first, _, last = verdict(plan)
+    assert first.startswith("DOES NOT FIT") and last.startswith("train.contrast=cached does not fit either")
 
 
 def test_more_sharding_and_offload_take_less() -> None:
-    stages = plan_of("m3i", zero=read_zero(ROOT / "ds_configs/zero3.json")).stages
+    stages = plan_of("m3i", zero=zero_of_file(ROOT / "ds_configs/zero3.json")).stages
     assert stages["stage 1"]["gpu"] > stages["stage 2"]["gpu"]
     states = {name: row["gpu"] - row["gathered and buckets"] for name, row in stages.items()}
-    assert list(states.values()) == sorted(states.values(), reverse=True)
-    assert states["stage 3, all on nvme"] == 0
+    order = [*(f"stage {s}" for s in (1, 2, 3)), "stage 3, optimizer on cpu", "stage 3, all on cpu"]
+    assert [states[name] for name in order] == sorted((states[name] for name in order), reverse=True)
+    assert states["stage 3, all on cpu"] == 0 < states["stage 3, optimizer on cpu"]
+    assert stages["stage 3, optimizer on nvme"]["disk"] > 0
     assert stages["stage 3, optimizer on cpu"]["host"] > 0 == stages["stage 3, optimizer on cpu"]["disk"]
 
 
@@ -136,8 +144,9 @@ def test_mistakes_are_one_line(
 @pytest.mark.parametrize(
     ("zero", "line"),
     [
-        (None, "holds no zero_optimization"),
-        ({"stage": 4}, "sets zero_optimization.stage to 4; needed: one of (0, 1, 2, 3)"),
+        (None, "sets zero_optimization.stage to None; needed: 1, 2 or 3"),
+        ({"stage": 4}, "sets zero_optimization.stage to 4; needed: 1, 2 or 3"),
+        ({"stage": True}, "sets zero_optimization.stage to True; needed: 1, 2 or 3"),
         ({"stage": 3, "reduce_bucket_size": "big"}, "sets reduce_bucket_size to 'big'; needed: a number of elements"),
         ({"stage": 3, "offload_optimizer": {"device": "tape"}}, "sets offload_optimizer.device to 'tape'"),
     ],
@@ -146,7 +155,7 @@ def test_mistakes_in_the_ds_file(zero: dict | None, line: str, tmp_path: Path) -
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({} if zero is None else {"zero_optimization": zero}))
     with pytest.raises(UserError) as error:
-        read_zero(path)
+        zero_of_file(path)
     assert line in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
@@ -156,7 +165,7 @@ def test_ds_file_is_read_with_deepspeeds_defaults(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     for stage in (1, 2, 3):
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-        theirs, ours = DeepSpeedZeroConfig(stage=stage), read_zero(path)
+        theirs, ours = DeepSpeedZeroConfig(stage=stage), zero_of_file(path)
         assert ours == Zero(
             stage=stage,
             reduce_bucket=theirs.reduce_bucket_size,
@@ -166,12 +175,15 @@ def test_ds_file_is_read_with_deepspeeds_defaults(tmp_path: Path) -> None:
             max_live=theirs.max_live_parameters,
             max_reuse=theirs.max_reuse_distance,
             sub_group=theirs.sub_group_size,
+            hpz=theirs.zero_hpz_partition_size,
             overlap=bool(theirs.overlap_comm),
         )
-    values = {"stage": 3, "offload_optimizer": {"device": "nvme"}, "sub_group_size": 1e8, "reduce_bucket_size": 5e7}
+    values = {"stage": 3, "sub_group_size": 1e8, "reduce_bucket_size": 5e7, "zero_hpz_partition_size": 8}
+    values["offload_optimizer"] = {"device": "nvme", "nvme_path": "/x", "buffer_count": 5}
     path.write_text(json.dumps({"zero_optimization": values | {"offload_param": {"device": "cpu"}}}))
-    wanted = replace(Zero(), optimizer="nvme", parameters="cpu", sub_group=10**8, reduce_bucket=5 * 10**7)
-    assert read_zero(path) == wanted
+    sizes = {"sub_group": 10**8, "reduce_bucket": 5 * 10**7, "buffer_count": 5, "hpz": 8}
+    wanted = replace(Zero(), optimizer="nvme", weights="cpu", **sizes)
+    assert zero_of_file(path) == wanted
 
 
 def test_known_and_described_gpus() -> None:
