@@ -16,6 +16,10 @@ STAGES = (1, 2, 3)
 DEVICES = ("none", "cpu", "nvme")
 MIB = 2**20
 BLOCK = "aio.block_size"
+SUMS_REFUSED = (
+    "ZeRO-1 would add up the gradients of several backward passes in bf16; needed: stage 2 or 3, or contrast direct "
+    "with train.contrast_batch equal to train.global_batch"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +110,9 @@ def swap_folder(config: dict[str, Any]) -> Path:
     return Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"])
 
 
-def check_sums(stage: int, *, bf16: bool, passes: int) -> None:
-    """Refuses ZeRO-1 where an optimizer step has several backward passes in bf16: it would sum them in bf16."""
-    if stage == 1 and bf16 and passes > 1:
-        raise UserError(
-            "--ds: ZeRO-1 would add up the gradients of several backward passes in bf16; needed: stage 2 or 3, or "
-            "contrast direct with train.contrast_batch equal to train.global_batch"
-        )
+def sums_refused(stage: int, *, bf16: bool, passes: int) -> bool:
+    """ZeRO-1 sums the backward passes of an optimizer step in the weights' type, which is not done in bf16."""
+    return stage == 1 and bf16 and passes > 1
 
 
 def safe_block_size(zero: Zero, sizes: Iterable[int], *, world: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from m3i_large.ds_file import check_sums, read_ds_file, safe_block_size, stage_of, zero_of
+from m3i_large.ds_file import SUMS_REFUSED, read_ds_file, safe_block_size, stage_of, sums_refused, zero_of
 from m3i_large.errors import UserError
 from m3i_large.parallel.partitions import full_shape
 
@@ -47,7 +47,8 @@ def read_ds_config(path: Path, sizes: StepSizes, *, world: int) -> dict[str, Any
     """
     config = read_ds_file(path)
     stage = stage_of(config)
-    check_sums(stage, bf16=sizes.bf16, passes=sizes.accumulation + sizes.chunked)
+    if sums_refused(stage, bf16=sizes.bf16, passes=sizes.accumulation + sizes.chunked):
+        raise UserError(f"--ds: {path}: {SUMS_REFUSED}")
     ours: dict[str, Any] = {
         "train_batch_size": sizes.micro_batch * sizes.accumulation * world,
         "train_micro_batch_size_per_gpu": sizes.micro_batch,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from m3i_large.data.mixture import default_lanes
-from m3i_large.ds_file import STAGES, Zero
+from m3i_large.ds_file import STAGES, Zero, sums_refused
 from m3i_large.errors import UserError
 from m3i_large.plan.devices import Gpu
 from m3i_large.plan.flops import flops_of
@@ -74,10 +74,9 @@ class Planner:
             self._walks[key] = walk(self.recipe, rows=rows, world=world, checkpointing=remat, chunk=chunk)
         return self._walks[key]
 
-    @property
-    def own_walk(self) -> Walk:
+    def own_walk(self, remat: bool) -> Walk:
         """The recipe's own micro-batch; contrast cached: one chunk of it, as the others are the same."""
-        return self.walk(self.chunk or self.rows, self.remat, self.chunk)
+        return self.walk(self.chunk or self.rows, remat, self.chunk)
 
     def in_full(self, seen: Walk) -> Walk:
         """A walk's passes and exchanges in the numbers of the recipe's own micro-batch."""
@@ -86,15 +85,15 @@ class Planner:
     def activations(self, rows: int, remat: bool, chunk: int | None) -> int:
         """Most bytes alive in a micro-step, from walks of few rows.
 
-        In each phase bytes = fixed + a * rows of a pass + b * rows of the micro-batch; passes of all rows, where the
-        contrast is direct, have a + b only.
+        In each phase bytes = fixed + a * rows of a pass + b * rows of the micro-batch; where the contrast is direct,
+        both are the same rows.
         """
-        if chunk is None:
+        if self.chunk is None or chunk is None:
             sizes = self.rows, 16 if self.rows > 32 else 4 * self.rows
             first, second = (self.walk(n, remat, None).peak for n in sizes)
             return math.ceil(first + (rows - sizes[0]) * (second - first) / (sizes[1] - sizes[0]))
-        base = self.chunk or chunk
-        other = max(1, base // 2) if base > 1 else 2
+        base = self.chunk
+        other = base // 2 if base > 1 else 2
         one, two, half = (self.walk(n, remat, c).phases for n, c in ((base, base), (2 * base, base), (other, other)))
         peaks = []
         for name, phase in one.items():
@@ -106,12 +105,12 @@ class Planner:
     def buffers(self, zero: Zero, world: int) -> dict[str, int]:
         """What ZeRO gathers and buffers; the same for every micro-batch."""
         if (zero, world) not in self._buffers:
-            self._buffers[zero, world] = gathered(self.own_walk, self.table, zero, world=world)
+            self._buffers[zero, world] = gathered(self.own_walk(self.remat), self.table, zero, world=world)
         return self._buffers[zero, world]
 
     def memory(self, rows: int, remat: bool, *, chunk: int | None, world: int | None = None) -> Memory:
         """Peak memory with `rows` rows, `chunk` of them in a pass."""
-        own = self.own_walk
+        own = self.own_walk(self.remat)
         return memory(
             states(self.table, self.zero, world=world or self.gpus),
             self.buffers(self.zero, world or self.gpus),
@@ -127,32 +126,21 @@ class Planner:
         """The recipe with so many micro-steps, with and without recomputation; none where it would be refused."""
         contrast = self.recipe.train.global_batch // accumulation
         try:
-            recipe = _changed(self.recipe, contrast_batch=contrast, micro_batch=None)
+            recipe = changed(self.recipe, contrast_batch=contrast, micro_batch=None)
             chunk = self.chunk_of(recipe, self.gpus)
         except UserError:  # a train.chunk that does not divide these rows
             return
-        if self.zero.stage == 1 and self.table.element == 2 and accumulation > 1:
+        if sums_refused(self.zero.stage, bf16=self.table.element == 2, passes=accumulation + (chunk is not None)):
             return
         for remat in (True, False):
-            yield self._option(_changed(recipe, activation_checkpointing=remat), chunk)
-
-    def cached(self) -> Option | None:
-        """The recipe with contrast cached, where it is direct and does not fit; ZeRO-1 cannot sum its gradients."""
-        train = self.recipe.train
-        refused = self.zero.stage == 1 and self.table.element == 2
-        if train.contrast == "cached" or refused or self.fits(self.rows, self.remat, chunk=None):
-            return None
-        recipe = _changed(self.recipe, contrast="cached")
-        return self._option(recipe, self.chunk_of(recipe, self.gpus))
+            yield self._option(changed(recipe, activation_checkpointing=remat), chunk)
 
     def _option(self, recipe: Recipe, chunk: int | None) -> Option:
         train, own = recipe.train, self.recipe.train
         rows, remat = train.contrast_batch // self.gpus, train.activation_checkpointing
         used = self.memory(rows, remat, chunk=chunk)
-        seen = self.walk(self.rows if chunk is None else (self.chunk or chunk), remat, self.chunk or chunk)
-        changed = [
+        differing = [
             (train.contrast_batch != own.contrast_batch, f"train.contrast_batch={train.contrast_batch}"),
-            (train.contrast != own.contrast, f"train.contrast={train.contrast}"),
             (remat != own.activation_checkpointing, f"train.activation_checkpointing={str(remat).lower()}"),
         ]
         return Option(
@@ -162,9 +150,9 @@ class Planner:
             chunk=chunk,
             checkpointing=remat,
             memory=used,
-            hardware=flops_of(seen).hardware,
+            hardware=flops_of(self.own_walk(remat)).hardware,
             fits=used.total <= self.gpu.memory,
-            overrides=tuple(text for change, text in changed if change),
+            overrides=tuple(text for change, text in differing if change),
         )
 
     def largest(self, remat: bool) -> int:
@@ -184,7 +172,7 @@ class Planner:
         valid = [w for w in range(1, lanes + 1) if lanes % w == 0 and train.contrast_batch // w >= LEAST_ROWS]
         for world in valid:
             try:
-                chunk = self.chunk_of(_changed(self.recipe, micro_batch=None), world)
+                chunk = self.chunk_of(changed(self.recipe, micro_batch=None), world)
             except UserError:  # a train.chunk that does not divide these rows
                 continue
             if self.fits(train.contrast_batch // world, self.remat, chunk=chunk, world=world):
@@ -215,5 +203,6 @@ class Planner:
         return rows
 
 
-def _changed(recipe: Recipe, **train: object) -> Recipe:
+def changed(recipe: Recipe, **train: object) -> Recipe:
+    """The recipe with other values of `train`."""
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})

@@ -1,15 +1,15 @@
 """`m3i plan`: everything together, as plain values."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from m3i_large.ds_file import Zero, check_sums, safe_block_size
+from m3i_large.ds_file import SUMS_REFUSED, Zero, safe_block_size, sums_refused
 from m3i_large.errors import UserError
 from m3i_large.plan.batch import mixture_of
 from m3i_large.plan.comm import Traffic, collectives
 from m3i_large.plan.devices import Gpu
-from m3i_large.plan.fit import Option, Planner, accumulations, lanes_of
+from m3i_large.plan.fit import Option, Planner, accumulations, changed, lanes_of
 from m3i_large.plan.flops import Flops, flops_of
 from m3i_large.plan.parameters import Table, parameter_table
 from m3i_large.recipe import Recipe
@@ -98,11 +98,12 @@ def make_plan(recipe: Recipe, *, gpus: int, gpu: Gpu, zero: Zero, mfu: float | N
     """Plans a run; UserError where the recipe cannot run on that number of GPUs or has no sizes to plan with."""
     check_gpus(recipe, gpus)
     table = parameter_table(recipe)
-    several = recipe.train.accumulation + (recipe.train.contrast == "cached")
-    check_sums(zero.stage, bf16=table.element == 2, passes=several)
+    passes = recipe.train.accumulation + (recipe.train.contrast == "cached")
+    if sums_refused(zero.stage, bf16=table.element == 2, passes=passes):
+        raise UserError(f"--ds: {SUMS_REFUSED}")
     planner = Planner(recipe, table, gpus=gpus, gpu=gpu, zero=zero)
     options = [option for a in accumulations(recipe, gpus) for option in planner.options(a)]
-    step = planner.own_walk
+    step = planner.own_walk(planner.remat)
     flops = flops_of(step)
     return Plan(
         recipe=recipe.name,
@@ -114,7 +115,7 @@ def make_plan(recipe: Recipe, *, gpus: int, gpu: Gpu, zero: Zero, mfu: float | N
         parts=table.by_part(),
         flops=flops,
         options=options,
-        cached=planner.cached(),
+        cached=_cached(planner),
         largest_micro_batch={remat: planner.largest(remat) for remat in (True, False)},
         enough_gpus=planner.enough_gpus(),
         stages=planner.by_stage(),
@@ -127,6 +128,17 @@ def make_plan(recipe: Recipe, *, gpus: int, gpu: Gpu, zero: Zero, mfu: float | N
         block_size=_block_size(table, zero, gpus),
         traffic=collectives(planner.in_full(step), table, zero, world=gpus, accumulation=recipe.train.accumulation),
     )
+
+
+def _cached(planner: Planner) -> Option | None:
+    """The recipe with contrast cached, where it is direct and does not fit; None where training would refuse it."""
+    recipe, table, zero = planner.recipe, planner.table, planner.zero
+    own = next(option for option in planner.options(recipe.train.accumulation) if not option.overrides)
+    if own.fits or own.chunk or sums_refused(zero.stage, bf16=table.element == 2, passes=recipe.train.accumulation + 1):
+        return None
+    cached = Planner(changed(recipe, contrast="cached"), table, gpus=planner.gpus, gpu=planner.gpu, zero=zero)
+    own = next(option for option in cached.options(recipe.train.accumulation) if not option.overrides)
+    return replace(own, overrides=("train.contrast=cached",))
 
 
 def _assumed_mfu(recipe: Recipe, flops: Flops) -> float:

@@ -1,7 +1,10 @@
 """State against DeepSpeed's own estimators; activations against what real tensors on a CPU really take."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,10 @@ from tiny import recipe
 from m3i_large.bench import random_batch
 from m3i_large.build import build_objective, transformer_blocks
 from m3i_large.ds_file import Zero
+from m3i_large.objective.cached import chunks, couple, replay, survey
 from m3i_large.parallel.remat import rematerialize
+from m3i_large.plan.devices import find_gpu
+from m3i_large.plan.fit import Planner
 from m3i_large.plan.memory import States, gathered, states
 from m3i_large.plan.parameters import Table, parameter_table
 from m3i_large.plan.walk import walk
@@ -89,6 +95,14 @@ def internimage(checkpointing: bool) -> Recipe:
     return validate(values)
 
 
+def in_order(profile: Any) -> list[Any]:
+    return sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+
+
+def peak_of(profile: Any) -> int:
+    return max(accumulate(event.nbytes() for event in in_order(profile) if event.name() == "[memory]"))
+
+
 def measured(plan: Recipe) -> tuple[int, int]:
     """Bytes that torch's CPU allocator has handed out at most, and between forward and backward, in a real step."""
     objective = build_objective(plan)
@@ -104,15 +118,13 @@ def measured(plan: Recipe) -> tuple[int, int]:
             losses = objective(batch)
         with torch.profiler.record_function("backward"):
             losses["loss"].backward()
-    events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    live = peak = 0
-    for event in events:
+    live = 0
+    for event in in_order(profile):
         if event.name() == "backward":
             kept.append(live)
         if event.name() == "[memory]":
             live += event.nbytes()
-            peak = max(peak, live)
-    return peak, kept[0]
+    return peak_of(profile), kept[0]
 
 
 @pytest.mark.parametrize("make", [small, internimage])
@@ -140,3 +152,50 @@ def test_stage_3_keeps_what_its_json_file_says() -> None:
     student = sum(n for name, n in table.size.items() if name.startswith("student.blocks."))
     assert 4 * student < loose["gathered weights"] <= 4 * table.num
     assert whole["small weights kept whole"] == 4 * table.num
+
+
+def cached(checkpointing: bool, make: Callable[[bool], Recipe] = small) -> Recipe:
+    recipe = make(checkpointing)
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"contrast": "cached"})})
+
+
+def measured_in_chunks(plan: Recipe, chunk: int) -> int:
+    """Peak of a real micro-step in chunks, with the objective's own pieces, called as Cached calls them."""
+    objective = build_objective(plan)
+    if plan.train.activation_checkpointing:
+        rematerialize(transformer_blocks(objective, frozen=False))
+    for parameter in objective.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    batch = random_batch(plan, ROWS)
+    row = torch.arange(ROWS)
+    batch = replace(batch, partner_N=row // chunk * chunk + (row + 1) % chunk)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        parts, texts = chunks(objective, batch, rows=chunk)
+        seen = [objective(part, run=survey) for part in parts]
+        given = couple(objective, batch, texts, seen, signals=False)
+        for part, needs in zip(parts, given, strict=True):
+            share = objective(part, needs, run=replay)
+            share.backward()
+    return peak_of(profile)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("chunk", [4, 8])
+def test_chunks_take_what_they_really_take(checkpointing: bool, chunk: int) -> None:
+    plan = cached(checkpointing)
+    seen = walk(plan, rows=ROWS, world=1, chunk=chunk)
+    assert seen.peak == pytest.approx(measured_in_chunks(plan, chunk), rel=0.01)
+    assert seen.peak < 0.8 * walk(plan, rows=ROWS, world=1).peak
+
+
+@pytest.mark.parametrize("make", [small, internimage])
+def test_memory_of_many_chunks_follows_from_few(make: Callable[[bool], Recipe]) -> None:
+    plan = cached(True, make)
+    sizes = {"global_batch": 512, "contrast_batch": 512, "chunk": 16}
+    data = plan.data.model_copy(update={"lanes": 32})
+    plan = plan.model_copy(update={"train": plan.train.model_copy(update=sizes), "data": data})
+    planner = Planner(plan, parameter_table(plan), gpus=2, gpu=find_gpu("h100"), zero=Zero())
+    for rows, chunk in ((256, 16), (128, 32), (64, 8)):
+        every = walk(plan, rows=rows, world=512 // rows, checkpointing=True, chunk=chunk)
+        assert planner.activations(rows, True, chunk) == pytest.approx(every.peak, rel=0.02), (rows, chunk)

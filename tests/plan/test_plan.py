@@ -95,6 +95,47 @@ def test_the_largest_micro_batch_is_the_largest_that_fits() -> None:
             assert plan_of("m3i", *batch, gpu="small:20:300").as_it_is.fits == fits, (remat, size)
 
 
+def test_contrast_cached_is_offered_with_what_it_takes_itself() -> None:
+    text = "m3i_vit_b16_yfcc15m"
+    plan = plan_of(text, "train.activation_checkpointing=false", gpu="small:16:300")
+    offered = plan.cached
+    assert not plan.as_it_is.fits and offered is not None and offered.fits
+    flags = ("train.activation_checkpointing=false", "train.contrast=cached")
+    own = plan_of(text, *flags, gpu="small:16:300")
+    assert own.cached is None and own.as_it_is.fits
+    assert (own.as_it_is.chunk, own.as_it_is.memory) == (offered.chunk, offered.memory)
+    assert offered.chunk is not None and own.as_it_is.micro_batch % offered.chunk == 0
+    assert own.as_it_is.hardware == pytest.approx(own.flops.hardware) and own.mfu < plan.mfu
+    lines = "\n".join(verdict(plan))
+    assert f"in chunks of {offered.chunk} rows takes {offered.memory.total / GIB:.1f} GiB" in lines
+    calls = [sum(row.calls for row in p.traffic if row.what == "gradients") for p in (plan, own)]
+    assert calls[1] == calls[0] * own.as_it_is.micro_batch // offered.chunk
+
+
+def test_zero_1_is_refused_where_training_refuses_it() -> None:
+    zero = Zero(stage=1)
+    with pytest.raises(UserError, match="ZeRO-1 would add up"):
+        plan_of("m3i", "train.contrast=cached", zero=zero)
+    with pytest.raises(UserError, match="ZeRO-1 would add up"):
+        plan_of("m3i", "train.contrast_batch=2048", zero=zero)
+    assert {option.accumulation for option in plan_of("m3i", zero=zero).options} == {1}
+
+
+def test_nvme_comes_with_its_disk_and_block_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zero = zero_of_file(ROOT / "ds_configs/zero3_nvme.json")
+    plan = plan_of("m3i", gpus=2, zero=zero)
+    trained, averaged = (sum(n[i] for n in plan.parts.values()) for i in (0, 1))
+    assert plan.as_it_is.memory.disk == pytest.approx((12 * trained + 4 * averaged) / 2, rel=1e-3)
+    assert plan.block_size is not None and plan.block_size % 2**20 == 0
+    status, out, _ = m3i(monkeypatch, capsys, "m3i", "--gpus", "2", "--ds", "ds_configs/zero3_nvme.json")
+    head = out.splitlines()[0]
+    assert status == 0 and f"aio.block_size {plan.block_size >> 20} MiB" in head and "GiB of disk a rank" in head
+    with pytest.raises(UserError, match="sub_group_size: got 1000; needed: at least"):
+        plan_of("m3i", zero=replace(zero, sub_group=1000))
+
+
 def test_nothing_fits_on_a_device_without_memory() -> None:
     plan = plan_of("m3i", gpu="tiny:2:1")
     assert plan.best is None and plan.largest_micro_batch == {True: 0, False: 0} and plan.enough_gpus is None
