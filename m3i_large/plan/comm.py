@@ -135,6 +135,11 @@ class _Coordinator:
                 self._fetch(visit)
             else:
                 self._release(visit)
+        # What no gradient came by, as nothing in front of it is trained: release_backward_leftovers.
+        for name in [name for name, modules in self.active.items() if modules]:
+            self.active[name].clear()
+            if name not in self.persistent:
+                self._drop(name)
 
     def _begin(self) -> None:
         """reset_step."""

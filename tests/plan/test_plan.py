@@ -96,12 +96,11 @@ def test_the_largest_micro_batch_is_the_largest_that_fits() -> None:
 
 
 def test_contrast_cached_is_offered_with_what_it_takes_itself() -> None:
-    text = "m3i_vit_b16_yfcc15m"
-    plan = plan_of(text, "train.activation_checkpointing=false", gpu="small:16:300")
+    given = ("backbone.arch.depth=4", "text.layers=2", "decoder.layers=1", "train.activation_checkpointing=false")
+    plan = plan_of("m3i_vit_b16_yfcc15m", *given, gpu="small:12:300")
     offered = plan.cached
     assert not plan.as_it_is.fits and offered is not None and offered.fits
-    flags = ("train.activation_checkpointing=false", "train.contrast=cached")
-    own = plan_of(text, *flags, gpu="small:16:300")
+    own = plan_of("m3i_vit_b16_yfcc15m", *given, "train.contrast=cached", gpu="small:12:300")
     assert own.cached is None and own.as_it_is.fits
     assert (own.as_it_is.chunk, own.as_it_is.memory) == (offered.chunk, offered.memory)
     assert offered.chunk is not None and own.as_it_is.micro_batch % offered.chunk == 0
