@@ -198,4 +198,4 @@ def test_memory_of_many_chunks_follows_from_few(make: Callable[[bool], Recipe]) 
     planner = Planner(plan, parameter_table(plan), gpus=2, gpu=find_gpu("h100"), zero=Zero())
     for rows, chunk in ((64, 8), (32, 16)):
         every = walk(plan, rows=rows, world=128 // rows, checkpointing=True, chunk=chunk)
-        assert planner.activations(rows, True, chunk) == pytest.approx(every.peak, rel=0.02), (rows, chunk)
+        assert planner.activations(rows, True, chunk) == pytest.approx(every.peak, rel=2e-3), (rows, chunk)
