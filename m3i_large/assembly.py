@@ -7,10 +7,10 @@ import torch
 
 from m3i_large import checkpoint
 from m3i_large.build import blocks_entered_once, build_objective, transformer_blocks, use_plain_attention
+from m3i_large.ds_file import optimizer_device
 from m3i_large.evaluate.load import load_frozen
 from m3i_large.optim import decays
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
-from m3i_large.parallel.ds_config import optimizer_device
 from m3i_large.parallel.engine import Engine, build_param_groups, gather_whole, partition
 from m3i_large.parallel.optimizer import build_optimizer
 from m3i_large.parallel.remat import rematerialize

@@ -22,9 +22,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_large.bench import random_batch
+from m3i_large.ds_file import optimizer_device, stage_of
 from m3i_large.errors import UserError
 from m3i_large.parallel.comm import Rank, barrier, gather_objects, start_distributed, stop_distributed
-from m3i_large.parallel.ds_config import StepSizes, optimizer_device, read_ds_config, stage_of
+from m3i_large.parallel.ds_config import StepSizes, read_ds_config
 from m3i_large.parallel.engine import Engine
 from m3i_large.parallel.gathered_ema import CountedCollectives, GatheredEMA
 from m3i_large.parallel.sharded_ema import ShardedEMA

@@ -23,10 +23,10 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Parameters, FLOPs, memory, batches that fit, time, communication of a recipe on so many GPUs (docs/plan.md)."""
+    from m3i_large.ds_file import read_ds_file, zero_of
     from m3i_large.plan.devices import find_gpu
     from m3i_large.plan.plan import make_plan
     from m3i_large.plan.tables import print_plan
-    from m3i_large.plan.zero import read_zero
     from m3i_large.recipe import load_recipe
 
     if mfu is not None and not 0 < mfu <= 1:
@@ -35,7 +35,7 @@ def plan_command(
     if dry_run:
         _dry_run(loaded, gpus, as_json=as_json)
         return
-    plan = make_plan(loaded, gpus=gpus, gpu=find_gpu(gpu), zero=read_zero(ds), mfu=mfu)
+    plan = make_plan(loaded, gpus=gpus, gpu=find_gpu(gpu), zero=zero_of(read_ds_file(ds)), mfu=mfu)
     if as_json:
         print(json.dumps(plan.to_json()))
         return
@@ -46,13 +46,16 @@ def plan_command(
 
 def _dry_run(recipe: Any, gpus: int, *, as_json: bool) -> None:
     """One micro-step of the real objective without memory: forward and backward."""
+    from m3i_large.plan.fit import lanes_of
     from m3i_large.plan.plan import check_gpus
     from m3i_large.plan.walk import walk
+    from m3i_large.stream import chunk_rows
 
     check_gpus(recipe, gpus)
     began = time.perf_counter()
     rows = recipe.train.contrast_batch // gpus
-    seen = walk(recipe, rows=rows, world=gpus)
+    chunk = chunk_rows(recipe, slots=recipe.train.global_batch // lanes_of(recipe), world=gpus)
+    seen = walk(recipe, rows=rows, world=gpus, chunk=chunk)
     values = {
         "recipe": recipe.name,
         "gpus": gpus,
@@ -60,7 +63,7 @@ def _dry_run(recipe: Any, gpus: int, *, as_json: bool) -> None:
         "seconds": time.perf_counter() - began,
         "operators": seen.operators,
         "gradients": len(seen.gradients),
-        "flops": seen.forward.total() + seen.backward.total() + seen.recomputed.total(),
+        "flops": sum(counts.total() for counts in (seen.forward, seen.backward, seen.recomputed, seen.surveyed)),
         "peak_bytes": seen.peak,
         "kept_bytes": seen.kept,
         "batch_bytes": seen.batch,

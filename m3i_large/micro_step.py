@@ -7,7 +7,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from m3i_large.data.batch import Batch
-from m3i_large.errors import UserError
 from m3i_large.objective import Objective
 from m3i_large.objective.cached import chunks, couple, replay, survey
 from m3i_large.parallel.engine import Engine
@@ -15,8 +14,6 @@ from m3i_large.recipe import Recipe
 
 # Measures phases: with clock("forward"): ...
 Clock = Callable[[str], AbstractContextManager[Any]]
-# A chunk of this many images keeps a GPU busy with a ViT-B/16 at 224 pixels; the derived size stays below it.
-ROWS = 64
 
 
 class MicroStep(Protocol):
@@ -62,7 +59,7 @@ class Cached:
 
 
 def micro_step(engine: Engine, recipe: Recipe, *, rows: int | None) -> MicroStep:
-    """How the recipe wants its micro-steps; `rows` from `chunk_rows`."""
+    """How the recipe wants its micro-steps; `rows` from stream.py."""
     accumulation = recipe.train.accumulation
     if rows is None:
         return Direct(engine, accumulation=accumulation)
@@ -73,28 +70,3 @@ def objective_of(engine: Engine) -> Objective:
     """The engine's root module."""
     assert isinstance(engine.module, Objective)
     return engine.module
-
-
-def chunk_rows(recipe: Recipe, *, slots: int, world: int) -> int | None:
-    """Rows of a chunk on each of `world` ranks; None where the contrast is direct.
-
-    As `train.chunk` says, else the largest possible size up to 64, else the smallest. Possible is what divides a rank's
-    rows and, in a mix, holds whole blocks of mixing partners (`objective.mix.block`, else a lane's `slots`).
-
-    Raises:
-        UserError: train.chunk is not possible.
-    """
-    train, given = recipe.train, recipe.objective
-    if train.contrast == "direct":
-        return None
-    num_rows = train.micro_batch_at(world)
-    block = (given.mix.block or slots) if given.input.mask == "mix" else 1
-    possible = [rows for rows in range(block, num_rows + 1, block) if num_rows % rows == 0]
-    if train.chunk is None:
-        return max((rows for rows in possible if rows <= ROWS), default=possible[0])
-    if train.chunk not in possible:
-        raise UserError(
-            f"train.chunk: got {train.chunk}; needed: one of {', '.join(map(str, possible))} (it divides a rank's "
-            f"{num_rows} rows and holds whole mix blocks of {block}), or none, to have it derived"
-        )
-    return train.chunk

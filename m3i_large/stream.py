@@ -21,6 +21,9 @@ from m3i_large.parallel.comm import Rank, gather_objects
 from m3i_large.recipe import Recipe
 from m3i_large.run import Run
 
+# A chunk of this many images keeps a GPU busy with a ViT-B/16 at 224 pixels; the derived size stays below it.
+CHUNK = 64
+
 
 def prepare_sources(recipe: Recipe, rank: Rank) -> list[Source]:
     """Opens the recipe's sources; the first rank builds the embedded data set and what indexes are missing before."""
@@ -102,6 +105,31 @@ def check_world(mixture: Mixture, world: int) -> None:
             f"ranks: got {world}; needed: one of {', '.join(map(str, valid))} "
             f"(ranks x accumulation must divide {mixture.lanes} lanes)"
         )
+
+
+def chunk_rows(recipe: Recipe, *, slots: int, world: int) -> int | None:
+    """Rows of a chunk on each of `world` ranks; None where the contrast is direct.
+
+    As `train.chunk` says, else the largest possible size up to 64, else the smallest. Possible is what divides a rank's
+    rows and, in a mix, holds whole blocks of mixing partners (`objective.mix.block`, else a lane's `slots`).
+
+    Raises:
+        UserError: train.chunk is not possible.
+    """
+    train, given = recipe.train, recipe.objective
+    if train.contrast == "direct":
+        return None
+    num_rows = train.micro_batch_at(world)
+    block = (given.mix.block or slots) if given.input.mask == "mix" else 1
+    possible = [rows for rows in range(block, num_rows + 1, block) if num_rows % rows == 0]
+    if train.chunk is None:
+        return max((rows for rows in possible if rows <= CHUNK), default=possible[0])
+    if train.chunk not in possible:
+        raise UserError(
+            f"train.chunk: got {train.chunk}; needed: one of {', '.join(map(str, possible))} (it divides a rank's "
+            f"{num_rows} rows and holds whole mix blocks of {block}), or none, to have it derived"
+        )
+    return train.chunk
 
 
 def make_loader(

@@ -15,7 +15,7 @@ from m3i_large.data.sources import manifest_hash
 from m3i_large.guard import Guard
 from m3i_large.loop import Loop
 from m3i_large.metrics import METRICS, environment, last_rows, require_wandb
-from m3i_large.micro_step import chunk_rows, micro_step
+from m3i_large.micro_step import micro_step
 from m3i_large.parallel.comm import Rank, barrier, gather_objects
 from m3i_large.parallel.ds_config import StepSizes, read_ds_config
 from m3i_large.parallel.watchdog import Beat, Watchdog, describe
@@ -35,7 +35,7 @@ from m3i_large.run import (
     resume_point,
 )
 from m3i_large.stop_signals import StopSignals, stopping_at_once
-from m3i_large.stream import check_world, make_loader, plan_mixture, prepare_sources, restore_mixture
+from m3i_large.stream import check_world, chunk_rows, make_loader, plan_mixture, prepare_sources, restore_mixture
 from m3i_large.telemetry import Flops
 
 RECALLED_BYTES = 2**24  # of metrics.jsonl: thousands of steps, more than a window and what was lost in a crash

@@ -36,6 +36,7 @@ FORBIDDEN = {
         "m3i_large.recipe",
     ),
     "m3i_large/parallel": ("m3i_large.models", "m3i_large.objective", "m3i_large.data", "m3i_large.recipe"),
+    "m3i_large/ds_file.py": ("deepspeed", "torch", "m3i_large.parallel", "m3i_large.recipe"),
     "m3i_large/recipe.py": ("deepspeed", "m3i_large.parallel", "m3i_large.train", "m3i_large.build"),
     "m3i_large/plan": ("deepspeed", "torch.distributed", "m3i_large.parallel", "m3i_large.train"),
     "m3i_large/build.py": ("deepspeed", "torch.distributed", "m3i_large.parallel"),

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from m3i_large.ds_file import optimizer_device, stage_of
 from m3i_large.parallel.comm import Rank
-from m3i_large.parallel.ds_config import optimizer_device, stage_of, with_safe_block_size
+from m3i_large.parallel.ds_config import with_safe_block_size
 from m3i_large.parallel.partitions import Partitions, Piece, Twins, Zero3, Zero12, full_shape, visit_after_update
 from m3i_large.parallel.state import Layout, Slice
 

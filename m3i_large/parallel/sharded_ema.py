@@ -15,8 +15,8 @@ import torch
 from m3i_kernels.ema_update import ema_update
 from torch import Tensor, nn
 
+from m3i_large.ds_file import swap_folder
 from m3i_large.parallel.comm import ProcessGroupCollectives
-from m3i_large.parallel.ds_config import swap_folder
 from m3i_large.parallel.engine import Engine
 from m3i_large.parallel.partitions import full_shape
 from m3i_large.parallel.state import Layout, Slice

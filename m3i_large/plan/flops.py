@@ -14,11 +14,13 @@ class Flops:
         forward, backward: by part of the objective (student, target, text, decoder, ..., losses), without what is
             computed twice.
         recomputed: what activation checkpointing computes again.
+        surveyed: what contrast cached computes once more: images and texts up to their shared space.
     """
 
     forward: dict[str, float]
     backward: dict[str, float]
     recomputed: float
+    surveyed: float
 
     @property
     def model(self) -> float:
@@ -28,19 +30,20 @@ class Flops:
     @property
     def hardware(self) -> float:
         """What the device computes."""
-        return self.model + self.recomputed
+        return self.model + self.recomputed + self.surveyed
 
 
 def flops_per_sample(recipe: Recipe) -> Flops:
     """Counts one walk over a whole contrast batch on one rank: a few seconds, no memory.
 
     Rows with a text and with a category follow the sources' nominal sizes or quotas; where a recipe has neither,
-    every row counts as having one.
+    every row counts as having one. Contrast cached is walked with one chunk: their number changes no row's FLOPs.
     """
-    return flops_of(walk(recipe, rows=recipe.train.contrast_batch, world=1))
+    rows = recipe.train.contrast_batch
+    return flops_of(walk(recipe, rows=rows, world=1, chunk=rows if recipe.train.contrast == "cached" else None))
 
 
 def flops_of(seen: Walk) -> Flops:
     """What a walk counted, by sample."""
     forward, backward = ({k: n / seen.rows for k, n in c.items()} for c in (seen.forward, seen.backward))
-    return Flops(forward, backward, seen.recomputed.total() / seen.rows)
+    return Flops(forward, backward, seen.recomputed.total() / seen.rows, seen.surveyed.total() / seen.rows)

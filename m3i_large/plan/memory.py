@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from m3i_large.ds_file import Zero
 from m3i_large.plan.comm import play_gathers
 from m3i_large.plan.devices import GIB, Gpu
 from m3i_large.plan.parameters import Table
 from m3i_large.plan.walk import Walk
-from m3i_large.plan.zero import Zero
 
 # Assumptions. CUDA context, NCCL channels, cuBLAS and Triton workspaces; and the share of a device's memory that the
 # caching allocator holds without using it.
@@ -20,7 +20,7 @@ class States:
     """Bytes per rank of what lives as long as the run.
 
     Attributes:
-        gpu, host, disk: by what they hold: weights, gradients, master, moments, average.
+        gpu, host, disk: by what they hold: weights, gradients, master, moments, average, swap buffers.
         step: fp32 gradients on the GPU while the optimizer steps, when no activations are alive.
     """
 
@@ -61,24 +61,27 @@ def states(table: Table, zero: Zero, *, world: int) -> States:
     def shard(sizes: list[int]) -> int:
         return sum(-(-n // world) for n in sizes)
 
-    per_rank = shard(trained) if zero.stage else sum(trained)
+    per_rank = shard(trained)
     weights = shard(list(table.size.values())) if zero.stage == 3 else table.num
-    gradients = per_rank if zero.stage >= 2 else sum(trained)
+    gradients, summed = (per_rank, 4) if zero.stage >= 2 else (sum(trained), table.element)
+    second = table.element * table.num // zero.hpz if zero.hpz > 1 else 0
+    at_once = min(per_rank, zero.sub_group) if zero.stage == 3 else per_rank
     held = {
-        "weights": (zero.parameters if zero.stage == 3 else "gpu", table.element * weights),
-        # An offloaded optimizer takes its gradients along, in fp32.
-        "gradients": (("cpu", 4 * gradients) if zero.optimizer != "gpu" else ("gpu", table.element * gradients)),
+        "weights": (zero.weights, table.element * weights),
+        "second copy of weights": ("none", second),
+        # Sharded gradients are summed in fp32. An offloaded optimizer takes them along.
+        "gradients": (("cpu", 4 * gradients) if zero.optimizer != "none" else ("none", summed * gradients)),
         "master": (zero.optimizer, 4 * per_rank),
         "moments": (zero.optimizer, 8 * per_rank),
         "average": (zero.optimizer, 4 * shard([table.size[name] for name in table.averaged])),
+        "swap buffers": ("cpu", 4 * zero.buffer_count * at_once if zero.optimizer == "nvme" else 0),
     }
-    places: dict[str, dict[str, int]] = {"gpu": {}, "cpu": {}, "nvme": {}}
+    places: dict[str, dict[str, int]] = {"none": {}, "cpu": {}, "nvme": {}}
     for what, (place, size) in held.items():
         if size:
             places[place][what] = size
-    at_once = min(per_rank, zero.sub_group) if zero.stage == 3 else per_rank
-    step = 4 * at_once if zero.optimizer == "gpu" and table.element < 4 else 0
-    return States(gpu=places["gpu"], host=places["cpu"], disk=places["nvme"], step=step)
+    step = 4 * at_once if zero.optimizer == "none" and table.element < 4 else 0
+    return States(gpu=places["none"], host=places["cpu"], disk=places["nvme"], step=step)
 
 
 def gathered(walk: Walk, table: Table, zero: Zero, *, world: int) -> dict[str, int]:
@@ -86,8 +89,8 @@ def gathered(walk: Walk, table: Table, zero: Zero, *, world: int) -> dict[str, i
     if world == 1 and zero.stage != 3:
         return {}
     held = {}
-    if zero.stage == 3 and (world > 1 or zero.parameters != "gpu"):  # one rank's shard is the whole weight already
-        held["gathered weights"] = table.element * play_gathers(walk.visits, table, zero, world=world).peak
+    if zero.stage == 3 and (world > 1 or zero.weights != "none"):  # one rank's shard is the whole weight already
+        held["gathered weights"] = table.element * play_gathers(walk, table, zero, world=world).peak
         small = sum(n for n in table.size.values() if n <= zero.persistence)
         held["small weights kept whole"] = table.element * small
     # Stage 3: one bucket and its copy in the order of ranks; stages 1 and 2: two buckets in turn.

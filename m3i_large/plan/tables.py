@@ -4,7 +4,9 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table as Grid
 
+from m3i_large.ds_file import MIB
 from m3i_large.plan.devices import GIB
+from m3i_large.plan.fit import Option
 from m3i_large.plan.memory import ASSUMED
 from m3i_large.plan.plan import Plan
 
@@ -14,11 +16,16 @@ MARK = "*"  # marks every figure that rests on an assumption
 def print_plan(plan: Plan, console: Console) -> None:
     """Prints the tables side by side where they fit, and the verdict last."""
     zero = plan.zero
-    offload = f", optimizer on {zero.optimizer}" if zero.optimizer != "gpu" else ""
-    offload += f", weights on {zero.parameters}" if zero.parameters != "gpu" else ""
+    own = plan.as_it_is
+    offload = f", optimizer on {zero.optimizer}" if zero.optimizer != "none" else ""
+    if plan.block_size:
+        offload += f" ({own.memory.disk / GIB:.2f} GiB of disk a rank, aio.block_size {plan.block_size // MIB} MiB)"
+    offload += f", weights on {zero.weights}" if zero.weights != "none" else ""
+    offload += f", hpZ of {zero.hpz}" if zero.hpz > 1 else ""
+    chunks = f", contrast cached in chunks of {own.chunk}" if own.chunk else ""
     console.print(
         f"{plan.recipe} on {plan.gpus} x {plan.gpu.name} ({plan.gpu.memory / GIB:.1f} GiB, "
-        f"{plan.gpu.peak / 1e12:,.0f} TFLOP/s dense bf16), ZeRO stage {zero.stage}{offload}; {MARK} = assumed",
+        f"{plan.gpu.peak / 1e12:,.0f} TFLOP/s dense bf16), ZeRO stage {zero.stage}{offload}{chunks}; {MARK} = assumed",
         soft_wrap=True,
     )
     sides = Grid.grid(padding=(0, 3))
@@ -35,7 +42,7 @@ def verdict(plan: Plan) -> list[str]:
     if own.fits:
         lines = [f"FITS: {name} takes {own.memory.total / GIB:.1f} of {plan.gpu.memory / GIB:.1f} GiB{MARK}.", most]
         if own.checkpointing and rows[False] >= own.micro_batch:
-            spared = 1 - plan.flops.model / plan.flops.hardware
+            spared = 1 - (plan.flops.hardware - plan.flops.recomputed) / plan.flops.hardware
             lines.append(f"train.activation_checkpointing=false fits too and computes {spared:.0%} less.")
         return lines
     lines = [f"DOES NOT FIT: {name} takes {own.memory.total / GIB:.1f} GiB{MARK}.", most]
@@ -43,11 +50,19 @@ def verdict(plan: Plan) -> list[str]:
         lines.append(f"What fits here: {' '.join(best.overrides)}: {best.accumulation} micro-steps a step.")
     if plan.enough_gpus:
         lines.append(f"With the recipe as it is: {plan.enough_gpus} GPUs.")
-    if rows[True]:
-        lines.append(
-            f"train.contrast=cached keeps contrast_batch {own.contrast_batch:,} here, {rows[True]:,} rows at a time."
-        )
+    if plan.cached:
+        lines.append(_with_cached(plan, plan.cached))
     return lines
+
+
+def _with_cached(plan: Plan, cached: Option) -> str:
+    """What contrast cached makes of a batch that does not fit."""
+    way = f"contrast_batch {cached.contrast_batch:,} in chunks of {cached.chunk} rows"
+    takes = f"{cached.memory.total / GIB:.1f} GiB{MARK}"
+    if not cached.fits:
+        return f"train.contrast=cached does not fit either: {way} takes {takes}."
+    more = cached.hardware / plan.flops.hardware - 1
+    return f"train.contrast=cached fits: {way} takes {takes} and computes {more:.0%} more."
 
 
 def _grid(title: str, *columns: str, left: int = 1) -> Grid:

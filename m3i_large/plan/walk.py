@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from m3i_large.build import build_objective, transformer_blocks
+from m3i_large.build import blocks_entered_once, build_objective, transformer_blocks
+from m3i_large.data.batch import Batch
 from m3i_large.objective import Objective
+from m3i_large.objective.cached import chunks, couple, replay, survey
 from m3i_large.plan.batch import meta_batch
 from m3i_large.plan.operators import SavingAttention, operator_flops, workspace_bytes
 from m3i_large.recipe import Recipe
@@ -37,41 +39,76 @@ class Visit:
 
 
 @dataclass
+class Phase:
+    """A kind of work of a micro-step: everything at once (`direct`), or `survey`, `couple`, `replay` of chunks.
+
+    Attributes:
+        peak: most bytes alive at once; without parameters, their gradients and the batch.
+        visits: of one pass, in order, for ZeRO-3.
+    """
+
+    peak: int = 0
+    visits: list[Visit] = field(default_factory=list)
+
+
+@dataclass
 class Walk:
     """What a walk saw.
 
     Attributes:
         rows: of the micro-batch.
+        chunk: rows of a pass; None: all at once.
+        phases: by name, in order.
+        phase: the one that runs.
         operators: calls.
         forward, backward, recomputed: FLOPs by part of the objective; `losses` is what belongs to no tower or head.
-        peak: most bytes alive at once; without parameters, their gradients and the batch.
-        kept: bytes alive between forward and backward.
+        surveyed: FLOPs that `survey` takes for the vectors, which `replay` computes again; by part.
+        kept: bytes alive between forward and backward, in chunks: of the last one's replay.
         batch: bytes of the batch.
-        visits: in order, for ZeRO-3.
-        gradients: names of trained parameters in the order in which their gradients are ready.
+        gradients: names of trained parameters in the order in which their gradients are ready, of one backward pass.
         exchanged: bytes that this rank receives or reduces in the objective's own collectives, by kind.
     """
 
     rows: int
+    chunk: int | None = None
+    phases: dict[str, Phase] = field(default_factory=dict)
+    phase: Phase = field(default_factory=Phase)
     forward: Counter[str] = field(default_factory=Counter)
     backward: Counter[str] = field(default_factory=Counter)
     recomputed: Counter[str] = field(default_factory=Counter)
-    peak: int = 0
+    surveyed: Counter[str] = field(default_factory=Counter)
     kept: int = 0
     batch: int = 0
     operators: int = 0
-    visits: list[Visit] = field(default_factory=list)
     gradients: list[str] = field(default_factory=list)
     exchanged: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def peak(self) -> int:
+        """Most bytes alive at once in any phase."""
+        return max(phase.peak for phase in self.phases.values())
 
-def walk(recipe: Recipe, *, rows: int, world: int, checkpointing: bool | None = None) -> Walk:
+    def enter(self, name: str) -> None:
+        """Begins a pass; what an earlier one of its kind visited was the same."""
+        self.phase = self.phases.setdefault(name, Phase())
+        self.phase.visits.clear()
+        self.gradients.clear()
+
+    @property
+    def passes(self) -> list[tuple[int, list[Visit]]]:
+        """Kinds of passes through the modules, in order: how many of each, and what one visits."""
+        num = self.rows // (self.chunk or self.rows)
+        return [(num, phase.visits) for phase in self.phases.values() if phase.visits]
+
+
+def walk(recipe: Recipe, *, rows: int, world: int, checkpointing: bool | None = None, chunk: int | None = None) -> Walk:
     """Forward and backward of one micro-batch of `rows` rows on one of `world` ranks.
 
     Args:
         checkpointing: recompute activations; None: as the recipe says.
+        chunk: rows of a pass, which divide `rows`; None: all at once (the recipe's own choice plays no part).
     """
-    seen = Walk(rows)
+    seen = Walk(rows, chunk)
     objective = build_on_meta(recipe, collectives=_Ranks(world, seen.exchanged))
     watch = Watch(seen)
     if recipe.train.activation_checkpointing if checkpointing is None else checkpointing:
@@ -82,11 +119,51 @@ def walk(recipe: Recipe, *, rows: int, world: int, checkpointing: bool | None = 
     watch.leave_out([*objective.parameters(), *objective.buffers(), *vars(batch).values()])
     _attach(objective, seen, watch)
     with watch:
-        with SavingAttention():
-            losses = objective(batch)
-        seen.kept = watch.live
-        losses["loss"].backward()
+        if chunk is None:
+            _walk_at_once(objective, batch, seen, watch)
+        else:
+            _walk_in_chunks(objective, batch, seen, watch)
     return seen
+
+
+def _walk_at_once(objective: Objective, batch: Batch, seen: Walk, watch: "Watch") -> None:
+    """As micro_step.Direct does."""
+    seen.enter("direct")
+    with SavingAttention():
+        losses = objective(batch)
+    seen.kept = watch.live
+    losses["loss"].backward()
+
+
+def _walk_in_chunks(objective: Objective, batch: Batch, seen: Walk, watch: "Watch") -> None:
+    """As micro_step.Cached does."""
+    _tell_surveyed(objective, watch)
+    parts, texts = chunks(objective, batch, rows=seen.chunk or seen.rows)
+    surveyed = []
+    for part in parts:
+        seen.enter("survey")
+        with SavingAttention():
+            surveyed.append(objective(part, run=survey))
+    seen.enter("couple")
+    given = couple(objective, batch, texts, surveyed, signals=False)
+    for part, needs in zip(parts, given, strict=True):
+        seen.enter("replay")
+        with SavingAttention():
+            share = objective(part, needs, run=replay)
+        seen.kept = watch.live
+        share.backward()
+        del share
+
+
+def _tell_surveyed(objective: Objective, watch: "Watch") -> None:
+    """Tells the watch what only a survey computes: the vectors of a chunk."""
+    vectors = objective.vectors
+
+    def inner(*args: Any) -> Any:
+        with watch.survey():
+            return vectors(*args)
+
+    objective.vectors = inner  # type: ignore[assignment]
 
 
 def build_on_meta(recipe: Recipe, **arguments: Any) -> Objective:
@@ -136,7 +213,16 @@ class Watch(TorchDispatchMode):
         self.ranges: list[tuple[int, int, str]] = []  # of autograd's sequence numbers, one for each call of a part
         self.live = 0
         self._storages: dict[int, Any] = {}
-        self._in_block = False
+        self._in_block = self._in_survey = False
+
+    @contextmanager
+    def survey(self) -> Iterator[None]:
+        """Around what is computed for its values alone and once more for its gradient."""
+        self._in_survey = True
+        try:
+            yield
+        finally:
+            self._in_survey = False
 
     @contextmanager
     def block(self) -> Iterator[None]:
@@ -157,14 +243,16 @@ class Watch(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if flops := operator_flops(func, args, kwargs or {}, out):
             if node is None:
-                self._seen.forward[self.part] += flops
+                counted = self._seen.surveyed if self._in_survey else self._seen.forward
+                counted[self.part] += flops
             else:
                 counted = self._seen.recomputed if self._in_block else self._seen.backward
                 counted[self._part_of(node)] += flops
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._follow(x.untyped_storage())
-        self._seen.peak = max(self._seen.peak, self.live + workspace_bytes(func, args))
+        phase = self._seen.phase
+        phase.peak = max(phase.peak, self.live + workspace_bytes(func, args))
         return out
 
     def _part_of(self, node: Any) -> str:
@@ -204,7 +292,7 @@ def _attach(objective: Objective, seen: Walk, watch: Watch) -> None:
     names = {id(p): name for name, p in objective.named_parameters()}
     for name, part in objective.named_children():
         _name_part(part, name, watch)
-    whole = {id(b) for frozen in (False, True) for b in transformer_blocks(objective, frozen=frozen)}
+    whole = {id(b) for frozen in (False, True) for b in blocks_entered_once(objective, frozen=frozen)}
     for index, module in enumerate(_hooked(objective, whole)):
         own = module.parameters(recurse=id(module) in whole)
         _visit(module, index, tuple(names[id(p)] for p in own), seen)
@@ -252,15 +340,17 @@ def _visit(module: nn.Module, index: int, parameters: tuple[str, ...], seen: Wal
         def came() -> None:
             waiting[""] -= 1
             if waiting[""] == 0:
-                seen.visits.append(release)
+                seen.phase.visits.append(release)
 
         told = tuple(_Tell.apply(x, came) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
-        seen.visits.append(fetch)
+        seen.phase.visits.append(fetch)
         return told
 
     def behind(_: nn.Module, inputs: tuple, out: Any) -> Any:
-        seen.visits.append(release)
-        return _on_tensors(out, lambda x: _Tell.apply(x, lambda: seen.visits.append(fetch)) if x.requires_grad else x)
+        seen.phase.visits.append(release)
+        return _on_tensors(
+            out, lambda x: _Tell.apply(x, lambda: seen.phase.visits.append(fetch)) if x.requires_grad else x
+        )
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(behind)

@@ -18,13 +18,14 @@ from m3i_large.bench import random_batch
 from m3i_large.build import build_objective, transformer_blocks
 from m3i_large.data.batch import Batch
 from m3i_large.errors import UserError
-from m3i_large.micro_step import Cached, Direct, chunk_rows
+from m3i_large.micro_step import Cached, Direct
 from m3i_large.objective import Objective
 from m3i_large.objective.cached import chunks, couple, survey
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
 from m3i_large.parallel.engine import Engine, partition
 from m3i_large.parallel.remat import rematerialize
 from m3i_large.recipe import Recipe, load_recipe, recipe_names, validate
+from m3i_large.stream import chunk_rows
 
 N, BLOCK = 16, 4
 VIT = {"name": "vit", "arch": {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2}}

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from m3i_large.ds_file import optimizer_device
 from m3i_large.errors import UserError
-from m3i_large.parallel.ds_config import StepSizes, optimizer_device, read_ds_config, with_safe_block_size
+from m3i_large.parallel.ds_config import StepSizes, read_ds_config, with_safe_block_size
 
 SIZES = StepSizes(micro_batch=4, accumulation=2, clip=1.0, bf16=True)
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))

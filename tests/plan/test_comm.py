@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from tiny import recipe
 from m3i_large.assembly import build_engine, training_state
 from m3i_large.bench import random_batch
 from m3i_large.build import build_objective
+from m3i_large.data.batch import Batch
+from m3i_large.ds_file import Zero, read_ds_file, zero_of
+from m3i_large.micro_step import micro_step
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
 from m3i_large.parallel.ds_config import StepSizes, read_ds_config
 from m3i_large.plan.comm import collectives
@@ -21,29 +25,47 @@ from m3i_large.plan.devices import find_gpu
 from m3i_large.plan.parameters import parameter_table
 from m3i_large.plan.plan import make_plan
 from m3i_large.plan.walk import walk
-from m3i_large.plan.zero import Zero, read_zero
 from m3i_large.recipe import Recipe, validate
+from m3i_large.stream import chunk_rows
 
-ROWS, STEPS = 16, 3  # the first step records the order of modules, the second one uses it
-# stage3_param_persistence_threshold, max_reuse_distance, prefetch bucket; accumulation; recomputation
-CASES = {
-    "gathered again": (0, 0, 0, 1, False),
-    "prefetched": (0, 0, 20_000, 1, True),
-    "kept and small ones whole": (100, 1_000_000, 20_000, 1, True),
-    "as shipped": (100_000, 1_000_000_000, 100_000_000, 1, False),
-    "two micro-steps": (100, 3000, 5000, 2, True),
+ROWS, STEPS = 16, 4  # first the order of modules is recorded, and steps come to repeat themselves
+DECODER_TWICE = {"objective": {"input": {"ratio": 0.25}}}  # readings of two shapes
+CHUNKS = {"train": {"contrast": "cached", "chunk": 2}, "objective": {"mix": {"block": 2}}}
+# stage3_param_persistence_threshold, max_reuse_distance, prefetch bucket; accumulation; recomputation; more of a recipe
+CASES: dict[str, tuple[int, int, int, int, bool, dict[str, Any]]] = {
+    "gathered again": (0, 0, 0, 1, False, {}),
+    "prefetched": (0, 0, 20_000, 1, True, {}),
+    "kept and small ones whole": (100, 1_000_000, 20_000, 1, True, {}),
+    "all small ones whole": (100_000, 1_000_000_000, 100_000_000, 1, False, {}),
+    "two micro-steps": (100, 3000, 5000, 2, True, {}),
+    "as shipped": (0, 3_000_000_000, 100_000_000, 1, True, {}),
+    "decoder twice": (0, 3000, 5000, 1, True, DECODER_TWICE),
+    "in chunks": (0, 3000, 5000, 1, True, CHUNKS),
+    "in chunks as shipped": (0, 3_000_000_000, 100_000_000, 2, True, CHUNKS),
 }
 
 
-def tiny(accumulation: int, checkpointing: bool) -> Recipe:
+def tiny(accumulation: int, checkpointing: bool, more: dict[str, Any] | None = None) -> Recipe:
     sizes = {"global_batch": accumulation * ROWS, "contrast_batch": ROWS, "activation_checkpointing": checkpointing}
     values = recipe(Path("nowhere"), **sizes)
     values["text"]["vocab_size"] = 1000
+    for part, fields in (more or {}).items():
+        for key, value in fields.items():
+            values[part][key] = values[part].get(key, {}) | value if isinstance(value, dict) else value
     return validate(values)
 
 
+def chunk_of(plan: Recipe) -> int | None:
+    return chunk_rows(plan, slots=ROWS, world=2)
+
+
+def batch_of(plan: Recipe, seed: int) -> Batch:
+    """A rank's rows, each with its partner in its own block of two."""
+    return replace(random_batch(plan, ROWS // 2, seed=seed), partner_N=torch.arange(ROWS // 2) ^ 1)
+
+
 def ds_file(directory: Path, case: str) -> Path:
-    persistence, reuse, prefetch, _, _ = CASES[case]
+    persistence, reuse, prefetch, *_ = CASES[case]
     zero = {"stage": 3, "stage3_param_persistence_threshold": persistence, "stage3_max_reuse_distance": reuse}
     zero |= {"stage3_prefetch_bucket_size": prefetch, "reduce_bucket_size": 20_000}
     path = directory / f"{os.getpid()}.json"
@@ -69,15 +91,15 @@ def real_steps(rank: Rank, directory: Path) -> dict[str, Any]:
     """What the last of some steps sent, by case."""
     results = {}
     for case in CASES:
-        _, _, _, accumulation, checkpointing = CASES[case]
-        plan = tiny(accumulation, checkpointing)
+        _, _, _, accumulation, checkpointing, more = CASES[case]
+        plan = tiny(accumulation, checkpointing, more)
         sizes = StepSizes(micro_batch=ROWS // 2, accumulation=accumulation, clip=1.0, bf16=False)
         engine, target = build_engine(plan, read_ds_config(ds_file(directory, case), sizes, world=2), rank)
+        run = micro_step(engine, plan, rows=chunk_of(plan))
         for step in range(STEPS):
             before = logged()
-            for micro_step in range(accumulation):
-                batch = random_batch(plan, ROWS // 2, seed=10 * step + micro_step)
-                engine.backward(engine(batch)["loss"])
+            for number in range(accumulation):
+                run(batch_of(plan, 10 * step + number), signals=False)
                 applied = engine.step(after_update=lambda masters, target=target: target.update(masters, 0.9))
             assert applied
         after = logged()
@@ -120,10 +142,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(2, run_both, tmp_path_factory.mktemp("ds"))
 
 
-def planned(zero: Zero, accumulation: int, checkpointing: bool) -> dict[str, tuple[int, int]]:
+def planned(zero: Zero, accumulation: int, checkpointing: bool, more: dict | None = None) -> dict[str, tuple[int, int]]:
     """(calls, bytes) of ZeRO's collectives by operator; those of the objective itself have no calls."""
-    plan = tiny(accumulation, checkpointing)
-    seen = walk(plan, rows=ROWS // 2, world=2)
+    plan = tiny(accumulation, checkpointing, more)
+    seen = walk(plan, rows=ROWS // 2, world=2, chunk=chunk_of(plan))
     rows = collectives(seen, parameter_table(plan), zero, world=2, accumulation=accumulation)
     found: dict[str, tuple[int, int]] = {}
     for row in rows:
@@ -139,7 +161,7 @@ def test_stage_3_sends_what_is_planned(case: str, real: list[dict[str, Any]], tm
     got = real[0]["sharded"][case]
     calls, size = got["calls"], got["bytes"]
     # A gather is logged by the shard that a rank puts in.
-    assert planned(read_zero(ds_file(tmp_path, case)), *CASES[case][3:]) == {
+    assert planned(zero_of(read_ds_file(ds_file(tmp_path, case))), *CASES[case][3:]) == {
         "all_gather": (calls["all_gather_into_tensor"], 2 * size["all_gather_into_tensor"]),
         "reduce_scatter": (calls["reduce_scatter_tensor"], size["reduce_scatter_tensor"]),
     }
@@ -158,7 +180,7 @@ def test_stages_1_and_2_send_what_is_planned(stage: int, accumulation: int, real
 
 @pytest.mark.slow
 def test_a_checkpoint_is_as_large_as_planned(real: list[dict[str, Any]]) -> None:
-    saved = sum(rank["sharded"]["as shipped"]["saved"] for rank in real)
+    saved = sum(rank["sharded"]["all small ones whole"]["saved"] for rank in real)
     plan = make_plan(tiny(1, False), gpus=2, gpu=find_gpu("h100"), zero=Zero())
     assert saved == plan.checkpoint_bytes
 

@@ -116,6 +116,29 @@ def test_recomputation_counts_apart() -> None:
     assert set(again.recomputed) == {"student", "decoder"}
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_contrast_cached_computes_images_and_texts_once_more(checkpointing: bool, vit: tuple[Recipe, Walk]) -> None:
+    recipe, _ = vit
+    flags = [f"train.activation_checkpointing={str(checkpointing).lower()}", "train.contrast_batch=64"]
+    flags += ["train.global_batch=64", "train.steps=1"]
+    direct = flops_per_sample(load_recipe(recipe.name, flags))
+    twice = flops_per_sample(load_recipe(recipe.name, [*flags, "train.contrast=cached"]))
+    assert (twice.forward, twice.backward) == (direct.forward, direct.backward)
+    assert (direct.surveyed, twice.recomputed) == (0, direct.recomputed)
+    again = sum(direct.forward[part] for part in ("student", "pool", "text", "text_head"))
+    assert twice.surveyed == again > 0 and twice.hardware == direct.hardware + again
+    seen = walk(recipe, rows=16, world=4, chunk=4)
+    whole = walk(recipe, rows=16, world=4)
+    assert (seen.forward, seen.backward) == (whole.forward, whole.backward)
+    assert seen.surveyed.total() / 16 == again
+
+
+def test_contrast_cached_computes_nothing_twice_without_texts() -> None:
+    recipe = load_recipe("m3i", ["train.contrast=cached", "train.activation_checkpointing=false"])
+    needed = flops_per_sample(recipe)
+    assert needed.hardware == needed.model and needed.surveyed == 0
+
+
 def test_flops_do_not_depend_on_the_batch() -> None:
     small, large = (
         flops_per_sample(load_recipe("m3i", [f"train.global_batch={n}", "train.steps=1"])) for n in (64, 4096)

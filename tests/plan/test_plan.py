@@ -8,11 +8,11 @@ import pytest
 from tiny import ROOT
 
 from m3i_large.cli import main
+from m3i_large.ds_file import Zero, read_ds_file, zero_of
 from m3i_large.errors import UserError
 from m3i_large.plan.devices import GIB, Gpu, find_gpu, known_gpus
 from m3i_large.plan.plan import Plan, make_plan
 from m3i_large.plan.tables import verdict
-from m3i_large.plan.zero import Zero, read_zero
 from m3i_large.recipe import load_recipe
 from m3i_large.stream import nominal_sizes, plan_mixture
 
@@ -25,6 +25,10 @@ def m3i(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
         main()
     out, err = capsys.readouterr()
     return int(ended.value.code or 0), out, err
+
+
+def zero_of_file(path: Path) -> Zero:
+    return zero_of(read_ds_file(path))
 
 
 def plan_of(name: str, *overrides: str, gpus: int = 8, gpu: str = "h100", zero: Zero | None = None) -> Plan:
@@ -91,18 +95,62 @@ def test_the_largest_micro_batch_is_the_largest_that_fits() -> None:
             assert plan_of("m3i", *batch, gpu="small:20:300").as_it_is.fits == fits, (remat, size)
 
 
+def test_contrast_cached_is_offered_with_what_it_takes_itself() -> None:
+    given = ("backbone.arch.depth=4", "text.layers=2", "decoder.layers=1", "train.activation_checkpointing=false")
+    plan = plan_of("m3i_vit_b16_yfcc15m", *given, gpu="small:12:300")
+    offered = plan.cached
+    assert not plan.as_it_is.fits and offered is not None and offered.fits
+    own = plan_of("m3i_vit_b16_yfcc15m", *given, "train.contrast=cached", gpu="small:12:300")
+    assert own.cached is None and own.as_it_is.fits
+    assert (own.as_it_is.chunk, own.as_it_is.memory) == (offered.chunk, offered.memory)
+    assert offered.chunk is not None and own.as_it_is.micro_batch % offered.chunk == 0
+    assert own.as_it_is.hardware == pytest.approx(own.flops.hardware) and own.mfu < plan.mfu
+    lines = "\n".join(verdict(plan))
+    assert f"in chunks of {offered.chunk} rows takes {offered.memory.total / GIB:.1f} GiB" in lines
+    calls = [sum(row.calls for row in p.traffic if row.what == "gradients") for p in (plan, own)]
+    assert calls[1] == calls[0] * own.as_it_is.micro_batch // offered.chunk
+
+
+def test_zero_1_is_refused_where_training_refuses_it() -> None:
+    zero = Zero(stage=1)
+    with pytest.raises(UserError, match="ZeRO-1 would add up"):
+        plan_of("m3i", "train.contrast=cached", zero=zero)
+    with pytest.raises(UserError, match="ZeRO-1 would add up"):
+        plan_of("m3i", "train.contrast_batch=2048", zero=zero)
+    assert {option.accumulation for option in plan_of("m3i", zero=zero).options} == {1}
+
+
+def test_nvme_comes_with_its_disk_and_block_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zero = zero_of_file(ROOT / "ds_configs/zero3_nvme.json")
+    plan = plan_of("m3i", gpus=2, zero=zero)
+    trained, averaged = (sum(n[i] for n in plan.parts.values()) for i in (0, 1))
+    assert plan.as_it_is.memory.disk == pytest.approx((12 * trained + 4 * averaged) / 2, rel=1e-3)
+    assert plan.block_size is not None and plan.block_size % 2**20 == 0
+    status, out, _ = m3i(monkeypatch, capsys, "m3i", "--gpus", "2", "--ds", "ds_configs/zero3_nvme.json")
+    head = out.splitlines()[0]
+    assert status == 0 and f"aio.block_size {plan.block_size >> 20} MiB" in head and "GiB of disk a rank" in head
+    with pytest.raises(UserError, match="sub_group_size: got 1000; needed: at least"):
+        plan_of("m3i", zero=replace(zero, sub_group=1000))
+
+
 def test_nothing_fits_on_a_device_without_memory() -> None:
     plan = plan_of("m3i", gpu="tiny:2:1")
     assert plan.best is None and plan.largest_micro_batch == {True: 0, False: 0} and plan.enough_gpus is None
-    assert verdict(plan)[0].startswith("DOES NOT FIT") and len(verdict(plan)) == 2
+    assert plan.cached is not None and not plan.cached.fits
+    first, _, last = verdict(plan)
+    assert first.startswith("DOES NOT FIT") and last.startswith("train.contrast=cached does not fit either")
 
 
 def test_more_sharding_and_offload_take_less() -> None:
-    stages = plan_of("m3i", zero=read_zero(ROOT / "ds_configs/zero3.json")).stages
+    stages = plan_of("m3i", zero=zero_of_file(ROOT / "ds_configs/zero3.json")).stages
     assert stages["stage 1"]["gpu"] > stages["stage 2"]["gpu"]
     states = {name: row["gpu"] - row["gathered and buckets"] for name, row in stages.items()}
-    assert list(states.values()) == sorted(states.values(), reverse=True)
-    assert states["stage 3, all on nvme"] == 0
+    order = [*(f"stage {s}" for s in (1, 2, 3)), "stage 3, optimizer on cpu", "stage 3, all on cpu"]
+    assert [states[name] for name in order] == sorted((states[name] for name in order), reverse=True)
+    assert states["stage 3, all on cpu"] == 0 < states["stage 3, optimizer on cpu"]
+    assert stages["stage 3, optimizer on nvme"]["disk"] > 0
     assert stages["stage 3, optimizer on cpu"]["host"] > 0 == stages["stage 3, optimizer on cpu"]["disk"]
 
 
@@ -136,8 +184,9 @@ def test_mistakes_are_one_line(
 @pytest.mark.parametrize(
     ("zero", "line"),
     [
-        (None, "holds no zero_optimization"),
-        ({"stage": 4}, "sets zero_optimization.stage to 4; needed: one of (0, 1, 2, 3)"),
+        (None, "sets zero_optimization.stage to None; needed: 1, 2 or 3"),
+        ({"stage": 4}, "sets zero_optimization.stage to 4; needed: 1, 2 or 3"),
+        ({"stage": True}, "sets zero_optimization.stage to True; needed: 1, 2 or 3"),
         ({"stage": 3, "reduce_bucket_size": "big"}, "sets reduce_bucket_size to 'big'; needed: a number of elements"),
         ({"stage": 3, "offload_optimizer": {"device": "tape"}}, "sets offload_optimizer.device to 'tape'"),
     ],
@@ -146,7 +195,7 @@ def test_mistakes_in_the_ds_file(zero: dict | None, line: str, tmp_path: Path) -
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({} if zero is None else {"zero_optimization": zero}))
     with pytest.raises(UserError) as error:
-        read_zero(path)
+        zero_of_file(path)
     assert line in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
@@ -156,7 +205,7 @@ def test_ds_file_is_read_with_deepspeeds_defaults(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     for stage in (1, 2, 3):
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-        theirs, ours = DeepSpeedZeroConfig(stage=stage), read_zero(path)
+        theirs, ours = DeepSpeedZeroConfig(stage=stage), zero_of_file(path)
         assert ours == Zero(
             stage=stage,
             reduce_bucket=theirs.reduce_bucket_size,
@@ -166,12 +215,15 @@ def test_ds_file_is_read_with_deepspeeds_defaults(tmp_path: Path) -> None:
             max_live=theirs.max_live_parameters,
             max_reuse=theirs.max_reuse_distance,
             sub_group=theirs.sub_group_size,
+            hpz=theirs.zero_hpz_partition_size,
             overlap=bool(theirs.overlap_comm),
         )
-    values = {"stage": 3, "offload_optimizer": {"device": "nvme"}, "sub_group_size": 1e8, "reduce_bucket_size": 5e7}
+    values = {"stage": 3, "sub_group_size": 1e8, "reduce_bucket_size": 5e7, "zero_hpz_partition_size": 8}
+    values["offload_optimizer"] = {"device": "nvme", "nvme_path": "/x", "buffer_count": 5}
     path.write_text(json.dumps({"zero_optimization": values | {"offload_param": {"device": "cpu"}}}))
-    wanted = replace(Zero(), optimizer="nvme", parameters="cpu", sub_group=10**8, reduce_bucket=5 * 10**7)
-    assert read_zero(path) == wanted
+    sizes = {"sub_group": 10**8, "reduce_bucket": 5 * 10**7, "buffer_count": 5, "hpz": 8}
+    wanted = replace(Zero(), optimizer="nvme", weights="cpu", **sizes)
+    assert zero_of_file(path) == wanted
 
 
 def test_known_and_described_gpus() -> None:
