@@ -106,6 +106,7 @@ class Partitions(ABC):
     def clamp(self, piece: Piece, low: float, high: float) -> None:
         """Limits a resident parameter, master and low-precision weights alike. Every rank calls it."""
 
+    @abstractmethod
     def drop_gradients(self) -> None:
         """Forgets the gradients of a step that was not applied, where DeepSpeed would add the next step's to them."""
 
@@ -185,6 +186,9 @@ class Zero3(Partitions):
         values.clamp_(low, high)
         self.weights(piece).copy_(values)
         self.publish([piece.parameter])
+
+    def drop_gradients(self) -> None:
+        """See Partitions; DeepSpeed overwrites them."""
 
 
 class _Zero3Twins(Twins):
