@@ -1,6 +1,7 @@
 """DeepSpeed's JSON: what the file says of sharding and offload, and what the recipe decides, written out."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,19 @@ RECIPE_KEYS = {
     "data_types": "train.precision",
     "optimizer": "optim",
     "scheduler": "optim",
+}
+# What would change the gradients, or keep state where neither the average nor checkpoints look for it: the only value.
+FIXED: dict[str, Any] = {
+    "torch_autocast.enabled": False,
+    "managed_gradient_accumulation": True,
+    "gradient_allreduce_op": "mean",
+    "zero_optimization.zenflow": None,
+    "zero_optimization.cpu_offload": None,
+    "zero_optimization.cpu_offload_param": None,
+    "zero_optimization.compute_grad_norm": True,
+    "zero_optimization.zero_quantized_nontrainable_weights": False,
+    "zero_optimization.offload_optimizer.ratio": 1.0,
+    "zero_optimization.offload_optimizer.super_offload": False,
 }
 DEVICES = ("none", "cpu", "nvme")
 MIB = 2**20
@@ -77,6 +91,7 @@ def read_ds_config(path: Path, sizes: StepSizes, *, world: int) -> dict[str, Any
                 f"--ds: {path} sets {key} to {config[key]!r}, but the recipe ({source}) says {ours.get(key)!r}; "
                 f"remove it from {path.name}"
             )
+    _check_fixed(path, config)
     _check_offload(path, config)
     return {**config, **ours}
 
@@ -108,6 +123,15 @@ def optimizer_device(config: dict[str, Any]) -> str:
 def swap_folder(config: dict[str, Any]) -> Path:
     """The folder for offload to NVMe."""
     return Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"])
+
+
+def _check_fixed(path: Path, config: dict[str, Any]) -> None:
+    for name, only in FIXED.items():
+        value: Any = config
+        for key in name.split("."):
+            value = value.get(key, only) if isinstance(value, dict) else only
+        if value != only:
+            raise UserError(f"--ds: {path} sets {name} to {value!r}, which is not supported; needed: {only!r}, or none")
 
 
 def _check_offload(path: Path, config: dict[str, Any]) -> None:
@@ -146,7 +170,9 @@ def with_safe_block_size(config: dict[str, Any], parameters: Iterable[nn.Paramet
 
     Raises UserError where sub-groups are too small for that.
     """
-    largest = max(-(-_numel(parameter) // world) for parameter in parameters if parameter.requires_grad) * 4
+    largest = (
+        max(-(-math.prod(full_shape(parameter)) // world) for parameter in parameters if parameter.requires_grad) * 4
+    )
     block = (largest // MIB + 1) * MIB
     sub_group = int(config["zero_optimization"].get("sub_group_size", 1e9))
     if sub_group * 4 < block:
@@ -155,10 +181,3 @@ def with_safe_block_size(config: dict[str, Any], parameters: Iterable[nn.Paramet
             f"largest gradient of a rank has {largest // 4} ({world} ranks)"
         )
     return {**config, "aio": {**(config.get("aio") or {}), "block_size": block}}
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    total = 1
-    for size in full_shape(parameter):
-        total *= size
-    return total
