@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from m3i_large.parallel.comm import Rank
-from m3i_large.parallel.ds_config import optimizer_device, stage_of, with_safe_block_size
+from m3i_large.parallel.ds_config import optimizer_device, stage_of, swap_folder, with_safe_block_size
+from m3i_large.parallel.folder_lock import lock_folder
 from m3i_large.parallel.optimizer import (
     MOMENTS,
     applied_steps,
@@ -63,7 +64,7 @@ class Engine:
         rank: from `start_distributed`.
 
     Raises:
-        UserError: offload to NVMe with sub-groups that are too small, or Apex with more than one a parameter group.
+        UserError: offload to NVMe with sub-groups that are too small or into another run's folder, or Apex with more than one a parameter group.
     """
 
     def __init__(self, module: nn.Module, *, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], rank: Rank):
@@ -74,6 +75,7 @@ class Engine:
         self.ds_config = ds_config
         if optimizer_device(ds_config) == "nvme":
             self.ds_config = with_safe_block_size(ds_config, module.parameters(), world=rank.world)
+            self._lock = lock_folder(swap_folder(ds_config), rank=rank.rank)
         self.deepspeed, self._zero, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.ds_config
         )
