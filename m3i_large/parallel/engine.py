@@ -64,7 +64,8 @@ class Engine:
         rank: from `start_distributed`.
 
     Raises:
-        UserError: offload to NVMe with sub-groups that are too small or into another run's folder, or Apex with more than one a parameter group.
+        UserError: offload to NVMe with sub-groups that are too small or into another run's folder; Apex with more
+            sub-groups than parameter groups.
     """
 
     def __init__(self, module: nn.Module, *, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], rank: Rank):

@@ -69,7 +69,7 @@ def ds_file(directory: Path, *, persistence: int, **more: object) -> Path:
 def build(rank: Rank, path: Path, *, remat: bool = False) -> tuple[Engine, ShardedEMA]:
     sizes = StepSizes(micro_batch=12 // rank.world, accumulation=1, clip=1.0, bf16=False)
     config = read_ds_config(path, sizes, world=rank.world)
-    module = Pair()
+    module = Pair().to(rank.device)
     if remat:
         rematerialize(module.student.blocks)
         for tower in (module.student, module.target):
@@ -82,7 +82,7 @@ def build(rank: Rank, path: Path, *, remat: bool = False) -> tuple[Engine, Shard
 
 
 def local_rows(rank: Rank, step: int) -> torch.Tensor:
-    return rows(step).chunk(rank.world)[rank.rank]
+    return rows(step).chunk(rank.world)[rank.rank].to(rank.device)
 
 
 def step_once(rank: Rank, engine: Engine, target: ShardedEMA, step: int, *, spoil: bool = False) -> tuple[float, bool]:
@@ -212,7 +212,7 @@ def with_buffers(rank: Rank, directory: Path, stage: int) -> tuple[Engine, Shard
     module = Pair()
     module.student = Counted()
     module.target = copy.deepcopy(module.student).requires_grad_(False)
-    partition(module, config)
+    partition(module.to(rank.device), config)
     trained = [p for p in module.parameters() if p.requires_grad]
     engine = Engine(module, optimizer=torch.optim.AdamW(trained, lr=LR), ds_config=config, rank=rank)
     return engine, ShardedEMA(engine, {"target": "student"})
@@ -224,7 +224,7 @@ def follow_buffers(rank: Rank, directory: Path) -> dict:
         engine, target = with_buffers(rank, directory, stage)
         for step in range(2):
             step_once(rank, engine, target, step)
-        before = engine.module.target.mean.clone()
+        before = engine.module.target.mean.cpu()
         engine.backward(engine(local_rows(rank, 2) * float("nan"))["loss"])
         assert not engine.step(after_update=lambda masters, target=target: target.update(masters, MOMENTUM))
         root, state = directory / f"buffers_{stage}", training_state(engine, target)
@@ -233,10 +233,10 @@ def follow_buffers(rank: Rank, directory: Path) -> dict:
         restore(checkpoint.Checkpoint(root / "step_00000001"), other, average)
         found[stage] = {
             "target": before,
-            "skipped": engine.module.target.mean,
+            "skipped": engine.module.target.mean.cpu(),
             "stored": sorted(key for key in state.layout() if key.startswith("buffer/")),
-            "restored": other.module.target.mean,
-            "student": (engine.module.student.mean, other.module.student.mean),
+            "restored": other.module.target.mean.cpu(),
+            "student": (engine.module.student.mean.cpu(), other.module.student.mean.cpu()),
             "steps": other.applied_steps,
         }
     return found
@@ -257,7 +257,7 @@ def test_the_target_takes_over_buffers_and_checkpoints_hold_them(tmp_path: Path)
 def average_of_what_is_not_trained(rank: Rank, directory: Path) -> list[str]:
     said = []
     for name in ("student.norm", "target.norm"):
-        module = Pair()
+        module = Pair().to(rank.device)
         module.get_submodule(name).requires_grad_(name.startswith("target"))
         path = directory / "ds.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))

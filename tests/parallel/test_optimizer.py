@@ -141,7 +141,7 @@ def build(rank: Rank, directory: Path, kind: str, zero: dict) -> Engine:
     path = directory / f"{kind}.json"
     path.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0, **zero}}))
     config = read_ds_config(path, StepSizes(micro_batch=12, accumulation=1, clip=1.0, bf16=False), world=1)
-    module = Pair()
+    module = Pair().to(rank.device)
     partition(module, config)
     trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     made = build_param_groups(trained, weight_decay=0.1, decays=lambda name, shape: len(shape) > 1)

@@ -1,4 +1,7 @@
-"""Every ZeRO stage, with and without offload, against plain torch; the average against its formula."""
+"""Every ZeRO stage, with and without offload, against plain torch; the average against its formula.
+
+On a machine with a GPU what runs on one rank runs there: pytest tests/parallel -k "[1] or buffers or needs".
+"""
 
 import json
 import math
@@ -10,10 +13,12 @@ from ranks import full, run_ranks
 from test_engine import LR, MOMENTUM, STEPS, Pair, local_rows, plain_training
 
 from m3i_large import checkpoint
+from m3i_large.optim import OptimConfig
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
 from m3i_large.parallel.ds_config import StepSizes, read_ds_config
 from m3i_large.parallel.engine import Engine, build_param_groups, partition
 from m3i_large.parallel.gathered_ema import CountedCollectives
+from m3i_large.parallel.optimizer import build_optimizer
 from m3i_large.parallel.sharded_ema import ShardedEMA
 from m3i_large.parallel.state import JoinedState
 
@@ -41,17 +46,20 @@ def build(rank: Rank, directory: Path, name: str, *, bf16: bool) -> tuple[Engine
     path.write_text(json.dumps({"zero_optimization": VARIANTS[name]}))
     sizes = StepSizes(micro_batch=12 // rank.world, accumulation=1, clip=1.0, bf16=bf16)
     config = read_ds_config(path, sizes, world=rank.world)
-    module = Pair().to(torch.bfloat16 if bf16 else torch.float32)
+    module = Pair().to(rank.device, torch.bfloat16 if bf16 else torch.float32)
     partition(module, config)
     trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     groups = build_param_groups(trained, weight_decay=0.1, decays=lambda name, shape: len(shape) > 1)
-    engine = Engine(module, optimizer=torch.optim.AdamW(groups, lr=LR), ds_config=config, rank=rank)
+    offload = "offload_optimizer" in VARIANTS[name]
+    # Fused on a GPU and for offloaded states; with the settings of plain_training.
+    optimizer = build_optimizer(groups, OptimConfig(betas=(0.9, 0.999)), device=rank.device, offload=offload)
+    engine = Engine(module, optimizer=optimizer, ds_config=config, rank=rank)
     return engine, ShardedEMA(engine, {"target": "student"})
 
 
 def seen_by(engine: Engine, rank: Rank, dtype: torch.dtype) -> torch.Tensor:
     """What the target's forward pass computes, from every rank's weights as they are there."""
-    return ProcessGroupCollectives(rank).all_gather(engine(local_rows(rank, 99).to(dtype))["seen"].float())
+    return ProcessGroupCollectives(rank).all_gather(engine(local_rows(rank, 99).to(dtype))["seen"].float()).cpu()
 
 
 def train_variant(rank: Rank, directory: Path, name: str, bf16: bool) -> dict:
