@@ -200,8 +200,9 @@ def test_a_step_with_nan_on_one_rank_is_as_if_it_had_not_been(tmp_path: Path, wo
 
 
 @pytest.mark.slow
-def test_a_clamped_parameter_is_clamped_in_fp32_and_in_the_forward_pass(tmp_path: Path) -> None:
-    for result in run_ranks(2, clamp_all, tmp_path, BOTH):
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_clamped_parameter_is_clamped_in_fp32_and_in_the_forward_pass(tmp_path: Path, world: int) -> None:
+    for result in run_ranks(world, clamp_all, tmp_path, BOTH):
         for which, seen in result.items():
             assert torch.equal(seen["after"], seen["before"].clamp(-0.001, 0.002)), which
             assert seen["moved"] and not torch.equal(seen["after"], seen["before"]), which
