@@ -14,6 +14,19 @@ from m3i_large.errors import UserError
 
 STAGES = (1, 2, 3)
 DEVICES = ("none", "cpu", "nvme")
+# What would change the gradients, or keep state where neither the average nor checkpoints look for it: the only value.
+FIXED: dict[str, Any] = {
+    "torch_autocast.enabled": False,
+    "managed_gradient_accumulation": True,
+    "gradient_allreduce_op": "mean",
+    "zero_optimization.zenflow": None,
+    "zero_optimization.cpu_offload": None,
+    "zero_optimization.cpu_offload_param": None,
+    "zero_optimization.compute_grad_norm": True,
+    "zero_optimization.zero_quantized_nontrainable_weights": False,
+    "zero_optimization.offload_optimizer.ratio": 1.0,
+    "zero_optimization.offload_optimizer.super_offload": False,
+}
 MIB = 2**20
 BLOCK = "aio.block_size"
 SUMS_REFUSED = (
@@ -75,6 +88,7 @@ def read_ds_file(path: Path) -> dict[str, Any]:
         value = config["zero_optimization"].get(key, "auto")
         if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
             raise UserError(f"--ds: {path} sets {key} to {value!r}; needed: a number of elements")
+    _check_fixed(path, config)
     _check_offload(path, config)
     return config
 
@@ -136,6 +150,15 @@ def safe_block_size(zero: Zero, sizes: Iterable[int], *, world: int) -> int:
             f"the largest gradient of a rank has {largest // 4} ({world} ranks)"
         )
     return block
+
+
+def _check_fixed(path: Path, config: dict[str, Any]) -> None:
+    for name, only in FIXED.items():
+        value: Any = config
+        for key in name.split("."):
+            value = value.get(key, only) if isinstance(value, dict) else only
+        if value != only:
+            raise UserError(f"--ds: {path} sets {name} to {value!r}, which is not supported; needed: {only!r}, or none")
 
 
 def _json(path: Path) -> dict[str, Any]:

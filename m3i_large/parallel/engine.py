@@ -9,13 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m3i_large.ds_file import optimizer_device, stage_of
+from m3i_large.ds_file import optimizer_device, stage_of, swap_folder
 from m3i_large.parallel.comm import Rank
 from m3i_large.parallel.ds_config import with_safe_block_size
+from m3i_large.parallel.folder_lock import lock_folder
+from m3i_large.parallel.optimizer import (
+    MOMENTS,
+    applied_steps,
+    check_sub_groups,
+    has_moments,
+    moments,
+    set_applied_steps,
+)
 from m3i_large.parallel.partitions import Partitions, Piece, Twins, Zero3, Zero12, full_shape, visit_after_update
 from m3i_large.parallel.state import Layout, Slice
 
-MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+MASTER = "master"
 # Called with the fp32 weights that an update changed, by parameter name: all at once, or sub-group by sub-group.
 AfterUpdate = Callable[[Mapping[str, Slice]], None]
 
@@ -56,7 +65,8 @@ class Engine:
         rank: from `start_distributed`.
 
     Raises:
-        UserError: offload to NVMe with sub-groups that are too small.
+        UserError: offload to NVMe with sub-groups that are too small or into another run's folder; Apex with more
+            sub-groups than parameter groups.
     """
 
     def __init__(self, module: nn.Module, *, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], rank: Rank):
@@ -67,12 +77,14 @@ class Engine:
         self.ds_config = ds_config
         if optimizer_device(ds_config) == "nvme":
             self.ds_config = with_safe_block_size(ds_config, module.parameters(), world=rank.world)
+            self._lock = lock_folder(swap_folder(ds_config), rank=rank.rank)
         self.deepspeed, self._zero, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.ds_config
         )
         kind = Zero3 if stage_of(ds_config) == 3 else Zero12
         self.partitions: Partitions = kind(self._zero, self.trainable(), rank)
         self._pieces = {piece.name: piece for group in self.partitions.groups for piece in group}
+        check_sub_groups(self._zero.optimizer, num_sub_groups=self.partitions.num_groups)
         self._after_update: AfterUpdate | None = None
         if any(map(self.partitions.swapped, range(self.partitions.num_groups))):
             visit_after_update(self._zero, self.partitions, self._visit)
@@ -99,8 +111,11 @@ class Engine:
                 sub-group by sub-group, while each is in memory.
         """
         self._after_update = after_update
+        last = bool(self.deepspeed.is_gradient_accumulation_boundary())
         self.deepspeed.step()
         applied = bool(self.deepspeed.was_step_applied())
+        if last and not applied:
+            self.partitions.drop_gradients()
         if applied and after_update is not None:
             resident = [i for i in range(self.partitions.num_groups) if not self.partitions.swapped(i)]
             after_update({name: piece for i in resident for name, piece in self.partitions.masters(i).items()})
@@ -155,22 +170,11 @@ class Engine:
     @property
     def applied_steps(self) -> int:
         """How many optimizer updates were applied (AdamW's bias-correction count)."""
-        optimizer = self._zero.optimizer
-        counts = [state["step"] for state in optimizer.state.values() if "step" in state]
-        counts += [group["step"] for group in optimizer.param_groups if "step" in group]
-        return int(counts[0]) if counts else 0
+        return applied_steps(self._zero.optimizer)
 
     def restored(self, *, applied_steps: int) -> None:
         """Takes over the count that belongs to what was written into `state()`."""
-        optimizer = self._zero.optimizer
-        for state in optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"].fill_(applied_steps)
-            elif "step" in state:
-                state["step"] = applied_steps
-        for group in optimizer.param_groups:
-            if "step" in group:
-                group["step"] = applied_steps
+        set_applied_steps(self._zero.optimizer, applied_steps)
 
 
 class EngineState:
@@ -189,37 +193,20 @@ class EngineState:
         """See State; every rank iterates with `write`: under ZeRO-1 and 2 what was written is gathered at the end."""
         partitions = self._partitions
         for index, pieces in enumerate(partitions.groups):
-            created = not self._has_moments(index)
+            created = not has_moments(self._optimizer, partitions.flats[index])
             with partitions.resident(index, write=write or created):
                 master = partitions.master(index)
-                moments = self._moments(index)
+                flats = (master, *moments(self._optimizer, partitions.flats[index]))
                 yield {
                     f"{key}/{piece.name}": piece.of(flat)
                     for piece in pieces
-                    for key, flat in zip((MASTER, *MOMENTS), (master, *moments), strict=True)
+                    for key, flat in zip((MASTER, *MOMENTS), flats, strict=True)
                 }
                 if write:
                     for piece in pieces:
                         partitions.weights(piece).copy_(piece.of(master).values)
         if write:
             partitions.publish(piece.parameter for group in partitions.groups for piece in group)
-
-    def _has_moments(self, index: int) -> bool:
-        return bool(self._optimizer.state.get(self._partitions.flats[index]))
-
-    def _moments(self, index: int) -> list[Tensor]:
-        """A resident sub-group's moments, created as the optimizer's first step would."""
-        flat = self._partitions.flats[index]
-        state = self._optimizer.state[flat]
-        if not state:
-            if isinstance(self._optimizer, torch.optim.AdamW):
-                fused = self._optimizer.defaults.get("fused")
-                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
-            else:
-                state["step"] = 0
-            for key in MOMENTS:
-                state[key] = torch.zeros_like(flat.detach())
-        return [state[key] for key in MOMENTS]
 
 
 def build_param_groups(

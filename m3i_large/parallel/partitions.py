@@ -106,6 +106,10 @@ class Partitions(ABC):
     def clamp(self, piece: Piece, low: float, high: float) -> None:
         """Limits a resident parameter, master and low-precision weights alike. Every rank calls it."""
 
+    @abstractmethod
+    def drop_gradients(self) -> None:
+        """Forgets the gradients of a step that was not applied, where DeepSpeed would add the next step's to them."""
+
 
 class Twins(ABC):
     """Frozen copies of trained parameters, written run by run without gathering their sources."""
@@ -183,6 +187,9 @@ class Zero3(Partitions):
         self.weights(piece).copy_(values)
         self.publish([piece.parameter])
 
+    def drop_gradients(self) -> None:
+        """See Partitions; DeepSpeed overwrites them."""
+
 
 class _Zero3Twins(Twins):
     """A copy is partitioned as its source is, so a run of one is a run of the other."""
@@ -248,6 +255,11 @@ class Zero12(Partitions):
         index, _ = self._locate(piece.name, piece.parameter)
         piece.of(self.master(index)).values.clamp_(low, high)
         piece.parameter.data.clamp_(low, high)
+
+    def drop_gradients(self) -> None:
+        """See Partitions; offloaded, the sums of a bf16 run would stay NaN for good (docs/deepspeed_defects.md)."""
+        for index in self.zero.averaged_gradients:
+            self.zero.averaged_gradients[index] = None
 
 
 class _Zero12Twins(Twins):

@@ -30,10 +30,10 @@ class ShardedEMA:
     Args:
         engine: the engine whose module holds them.
         copies: {name of the averaged copy: name of its source}. Every parameter and buffer of one must exist in the
-            other with the same shape; a copy must not require gradients.
+            other with the same shape; a copy must not require gradients, its source must.
 
     Raises:
-        ValueError: names or shapes of the two differ.
+        ValueError: names or shapes of the two differ, a copy is trained or its source is not.
     """
 
     def __init__(self, engine: Engine, copies: Mapping[str, str]) -> None:
@@ -50,6 +50,9 @@ class ShardedEMA:
         trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
         if trained:
             raise ValueError(f"target parameters must not require gradients, got {trained[:3]}")
+        followed = dict(engine.trainable())
+        if fixed := [source for source in self._source.values() if source not in followed]:
+            raise ValueError(f"sources of an average must be trained, got {fixed[:3]}")
         self._copy_of = {source: copy for copy, source in self._source.items()}
         self._twins = engine.twins({name: (self._source[name], twin) for name, twin in parameters.items()})
         self._shadow: dict[str, Tensor] = {}
@@ -74,7 +77,7 @@ class ShardedEMA:
             ema_update(shadow, source, momentum=momentum, out=weights if together else None)
             if not together:  # optimizer states on the CPU, weights on a GPU
                 for values, run in zip(shadow, weights, strict=True):
-                    run.copy_(values, non_blocking=True)
+                    run.copy_(values)
             for buffer, copy in self._buffers.values():
                 copy.copy_(buffer)
             if measure:

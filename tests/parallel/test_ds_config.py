@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from m3i_large.ds_file import optimizer_device
+from m3i_large.ds_file import FIXED, optimizer_device
 from m3i_large.errors import UserError
 from m3i_large.parallel.ds_config import StepSizes, read_ds_config, with_safe_block_size
 
@@ -59,6 +59,20 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path: Path, stage: objec
     with pytest.raises(UserError, match=reason) as error:
         read_ds_config(file(tmp_path, stage=stage, zero=zero), SIZES, world=1)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_would_be_computed_or_kept_differently_is_refused(tmp_path: Path, name: str) -> None:
+    keys, bad = name.split("."), {True: False, False: True, None: {}}.get(FIXED[name], 0.5)
+    nested: object = bad
+    for key in reversed(keys[1:]):
+        nested = {key: nested}
+    given = {"zero": nested} if keys[0] == "zero_optimization" else {keys[0]: nested}
+    with pytest.raises(UserError, match=rf"sets {name} to .*, which is not supported; needed: ") as error:
+        read_ds_config(file(tmp_path, **given), SIZES, world=1)
+    assert "\n" not in str(error.value)
+    default = {"zero": {"offload_optimizer": {"device": "cpu", "ratio": 1}}, "torch_autocast": {"enabled": False}}
+    read_ds_config(file(tmp_path, **default), SIZES, world=1)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -11,6 +11,7 @@ from ranks import full, run_ranks
 from torch import nn
 
 from m3i_large import checkpoint
+from m3i_large.assembly import restore, training_state
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
 from m3i_large.parallel.ds_config import StepSizes, read_ds_config
 from m3i_large.parallel.engine import Engine, build_param_groups, gather_whole, partition
@@ -68,7 +69,7 @@ def ds_file(directory: Path, *, persistence: int, **more: object) -> Path:
 def build(rank: Rank, path: Path, *, remat: bool = False) -> tuple[Engine, ShardedEMA]:
     sizes = StepSizes(micro_batch=12 // rank.world, accumulation=1, clip=1.0, bf16=False)
     config = read_ds_config(path, sizes, world=rank.world)
-    module = Pair()
+    module = Pair().to(rank.device)
     if remat:
         rematerialize(module.student.blocks)
         for tower in (module.student, module.target):
@@ -81,7 +82,7 @@ def build(rank: Rank, path: Path, *, remat: bool = False) -> tuple[Engine, Shard
 
 
 def local_rows(rank: Rank, step: int) -> torch.Tensor:
-    return rows(step).chunk(rank.world)[rank.rank]
+    return rows(step).chunk(rank.world)[rank.rank].to(rank.device)
 
 
 def step_once(rank: Rank, engine: Engine, target: ShardedEMA, step: int, *, spoil: bool = False) -> tuple[float, bool]:
@@ -187,6 +188,94 @@ def test_a_nan_on_one_rank_changes_nothing_anywhere_and_clamping_reaches_the_mas
     for result in run_ranks(2, clamp_and_skip, tmp_path):
         assert result["clamped"].abs().max() <= 0.01
         assert (result["applied"], result["unchanged"], result["recovered"]) == (False, True, True)
+
+
+class Counted(Tower):
+    """A tower with a buffer that its forward pass changes while it trains, and one that is in no state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(7))
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            self.mean += x.mean(0)
+            self.scratch += 1
+        return super().forward(x)
+
+
+def with_buffers(rank: Rank, directory: Path, stage: int) -> tuple[Engine, ShardedEMA]:
+    path = directory / f"buffers_{stage}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    config = read_ds_config(path, StepSizes(micro_batch=12, accumulation=1, clip=1.0, bf16=False), world=rank.world)
+    module = Pair()
+    module.student = Counted()
+    module.target = copy.deepcopy(module.student).requires_grad_(False)
+    partition(module.to(rank.device), config)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    engine = Engine(module, optimizer=torch.optim.AdamW(trained, lr=LR), ds_config=config, rank=rank)
+    return engine, ShardedEMA(engine, {"target": "student"})
+
+
+def follow_buffers(rank: Rank, directory: Path) -> dict:
+    found = {}
+    for stage in (2, 3):
+        engine, target = with_buffers(rank, directory, stage)
+        for step in range(2):
+            step_once(rank, engine, target, step)
+        before = engine.module.target.mean.cpu()
+        engine.backward(engine(local_rows(rank, 2) * float("nan"))["loss"])
+        assert not engine.step(after_update=lambda masters, target=target: target.update(masters, MOMENTUM))
+        root, state = directory / f"buffers_{stage}", training_state(engine, target)
+        checkpoint.save(root, step=1, state=state, manifest={"applied_steps": 2}, rank=rank, keep=1)
+        other, average = with_buffers(rank, directory, stage)
+        restore(checkpoint.Checkpoint(root / "step_00000001"), other, average)
+        found[stage] = {
+            "target": before,
+            "skipped": engine.module.target.mean.cpu(),
+            "stored": sorted(key for key in state.layout() if key.startswith("buffer/")),
+            "restored": other.module.target.mean.cpu(),
+            "student": (engine.module.student.mean.cpu(), other.module.student.mean.cpu()),
+            "steps": other.applied_steps,
+        }
+    return found
+
+
+@pytest.mark.slow
+def test_the_target_takes_over_buffers_and_checkpoints_hold_them(tmp_path: Path) -> None:
+    mean = rows(0).mean(0) + rows(1).mean(0)
+    for stage, found in run_ranks(1, follow_buffers, tmp_path)[0].items():
+        torch.testing.assert_close(found["target"], mean)
+        assert torch.equal(found["skipped"], found["target"]), stage
+        assert found["stored"] == ["buffer/student.mean", "buffer/target.mean"]
+        assert torch.equal(found["restored"], found["target"]) and found["steps"] == 2
+        torch.testing.assert_close(*found["student"], rtol=0, atol=0, equal_nan=True)
+        assert found["student"][0].isnan().all(), "the student's own saw the NaN: a later step brings it to the target"
+
+
+def average_of_what_is_not_trained(rank: Rank, directory: Path) -> list[str]:
+    said = []
+    for name in ("student.norm", "target.norm"):
+        module = Pair().to(rank.device)
+        module.get_submodule(name).requires_grad_(name.startswith("target"))
+        path = directory / "ds.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+        sizes = StepSizes(micro_batch=12, accumulation=1, clip=1.0, bf16=False)
+        config = read_ds_config(path, sizes, world=rank.world)
+        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=LR)
+        try:
+            ShardedEMA(Engine(module, optimizer=optimizer, ds_config=config, rank=rank), {"target": "student"})
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.slow
+def test_an_average_needs_a_trained_source_and_a_frozen_copy(tmp_path: Path) -> None:
+    fixed, free = run_ranks(1, average_of_what_is_not_trained, tmp_path)[0]
+    assert "sources of an average must be trained, got ['student.norm.weight'" in fixed
+    assert "target parameters must not require gradients, got ['target.norm.weight'" in free
 
 
 def gather_gradients(rank: Rank) -> dict:

@@ -1,6 +1,10 @@
-"""Every ZeRO stage, with and without offload, against plain torch; the average against its formula."""
+"""Every ZeRO stage, with and without offload, against plain torch; the average against its formula.
+
+On a machine with a GPU what runs on one rank runs there: pytest tests/parallel -k "[1] or buffers or needs".
+"""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,10 +13,12 @@ from ranks import full, run_ranks
 from test_engine import LR, MOMENTUM, STEPS, Pair, local_rows, plain_training
 
 from m3i_large import checkpoint
+from m3i_large.optim import OptimConfig
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
 from m3i_large.parallel.ds_config import StepSizes, read_ds_config
 from m3i_large.parallel.engine import Engine, build_param_groups, partition
 from m3i_large.parallel.gathered_ema import CountedCollectives
+from m3i_large.parallel.optimizer import build_optimizer
 from m3i_large.parallel.sharded_ema import ShardedEMA
 from m3i_large.parallel.state import JoinedState
 
@@ -40,17 +46,20 @@ def build(rank: Rank, directory: Path, name: str, *, bf16: bool) -> tuple[Engine
     path.write_text(json.dumps({"zero_optimization": VARIANTS[name]}))
     sizes = StepSizes(micro_batch=12 // rank.world, accumulation=1, clip=1.0, bf16=bf16)
     config = read_ds_config(path, sizes, world=rank.world)
-    module = Pair().to(torch.bfloat16 if bf16 else torch.float32)
+    module = Pair().to(rank.device, torch.bfloat16 if bf16 else torch.float32)
     partition(module, config)
     trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     groups = build_param_groups(trained, weight_decay=0.1, decays=lambda name, shape: len(shape) > 1)
-    engine = Engine(module, optimizer=torch.optim.AdamW(groups, lr=LR), ds_config=config, rank=rank)
+    offload = "offload_optimizer" in VARIANTS[name]
+    # Fused on a GPU and for offloaded states; with the settings of plain_training.
+    optimizer = build_optimizer(groups, OptimConfig(betas=(0.9, 0.999)), device=rank.device, offload=offload)
+    engine = Engine(module, optimizer=optimizer, ds_config=config, rank=rank)
     return engine, ShardedEMA(engine, {"target": "student"})
 
 
 def seen_by(engine: Engine, rank: Rank, dtype: torch.dtype) -> torch.Tensor:
     """What the target's forward pass computes, from every rank's weights as they are there."""
-    return ProcessGroupCollectives(rank).all_gather(engine(local_rows(rank, 99).to(dtype))["seen"].float())
+    return ProcessGroupCollectives(rank).all_gather(engine(local_rows(rank, 99).to(dtype))["seen"].float()).cpu()
 
 
 def train_variant(rank: Rank, directory: Path, name: str, bf16: bool) -> dict:
@@ -97,6 +106,51 @@ def rows_of(rank: Rank) -> list[torch.Tensor]:
     return list(whole.chunk(rank.world))
 
 
+def step_with(rank: Rank, engine: Engine, target: ShardedEMA, x: torch.Tensor) -> bool:
+    engine.set_lr(LR)
+    engine.backward(engine(x.to(next(engine.module.parameters()).dtype))["loss"])
+    return engine.step(after_update=lambda masters: target.update(masters, MOMENTUM))
+
+
+def skip_steps(rank: Rank, directory: Path, which: list[tuple[str, bool]]) -> dict:
+    """For every variant: steps with NaN on the last rank, the first one and a later one, each before a good one."""
+    found = {}
+    for name, bf16 in which:
+        engine, target = build(rank, directory, name, bf16=bf16)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        state = JoinedState([engine.state(), target])
+        told = []
+        for step in range(2):
+            before, seen = full(rank, state), seen_by(engine, rank, dtype)
+            x = local_rows(rank, step)
+            applied = step_with(rank, engine, target, x * float("nan") if rank.rank == rank.world - 1 else x)
+            after = full(rank, state)
+            same = all(torch.equal(after[key], value) for key, value in before.items())
+            same &= torch.equal(seen_by(engine, rank, dtype), seen)
+            told.append((applied, same, engine.grad_norm, engine.applied_steps, step_with(rank, engine, target, x)))
+        found[name, bf16] = {"told": told, "tensors": full(rank, state)}
+        fresh, average = build(rank, directory, name, bf16=bf16)
+        for step in range(2):
+            step_with(rank, fresh, average, local_rows(rank, step))
+        found[name, bf16]["never skipped"] = full(rank, JoinedState([fresh.state(), average]))
+    return found
+
+
+def clamp_all(rank: Rank, directory: Path, which: list[tuple[str, bool]]) -> dict:
+    """For every variant: what a clamped parameter is in fp32 and in the forward pass, and how far it was from it."""
+    found = {}
+    for name, bf16 in which:
+        engine, target = build(rank, directory, name, bf16=bf16)
+        x = local_rows(rank, 0).to(torch.bfloat16 if bf16 else torch.float32)
+        step_with(rank, engine, target, x)
+        before = full(rank, engine.state())["master/head.bias"]
+        loss = engine(x)["loss"].item()
+        engine.clamp("head.bias", -0.001, 0.002)
+        after = full(rank, engine.state())["master/head.bias"]
+        found[name, bf16] = {"before": before, "after": after, "moved": engine(x)["loss"].item() != loss}
+    return found
+
+
 def train_all(rank: Rank, directory: Path, which: list[tuple[str, bool]]) -> dict:
     return {(name, bf16): train_variant(rank, directory, name, bf16) for name, bf16 in which}
 
@@ -133,6 +187,25 @@ def test_every_stage_equals_plain_torch_and_the_average_its_formula(
             if value.requires_grad:
                 mine = result["tensors"][f"master/{parameter}"]
                 torch.testing.assert_close(mine, value.detach(), rtol=1e-3, atol=1e-5, msg=f"{where} {parameter}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_with_nan_on_one_rank_is_as_if_it_had_not_been(tmp_path: Path, world: int) -> None:
+    for result in run_ranks(world, skip_steps, tmp_path, BOTH):
+        for which, seen in result.items():
+            assert seen["told"] == [(False, True, math.inf, step, True) for step in range(2)], which
+            for key, value in seen["never skipped"].items():
+                assert torch.equal(seen["tensors"][key], value), (which, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_clamped_parameter_is_clamped_in_fp32_and_in_the_forward_pass(tmp_path: Path, world: int) -> None:
+    for result in run_ranks(world, clamp_all, tmp_path, BOTH):
+        for which, seen in result.items():
+            assert torch.equal(seen["after"], seen["before"].clamp(-0.001, 0.002)), which
+            assert seen["moved"] and not torch.equal(seen["after"], seen["before"]), which
 
 
 def cross(rank: Rank, directory: Path, saved: Path) -> dict:
