@@ -45,11 +45,11 @@ bench: $(STAMP)
 	$(BIN)/m3i bench loader
 	$(BIN)/m3i bench step
 
-## Kills a loading run 200 times, with changing numbers of ranks, and proves exactly-once after each: 15 minutes. Then 60
+## Kills a loading run 200 times, with changing numbers of ranks, and proves exactly-once after each: 15 minutes. Then 54
 ## events of everything that goes wrong with a training (kills, signals, full disk, damaged checkpoints, NaN): an hour.
 soak: $(STAMP)
 	$(BIN)/python tests/soak_sampler.py --kills 200
-	$(BIN)/python tests/soak_events.py --events 60
+	$(BIN)/python tests/soak_events.py --events 54
 
 ## A billion parameters trained on this machine without a GPU: three steps, kill -9, one more; 16 GiB, 60 GB of disk.
 proof-1b: $(STAMP) system-packages
