@@ -342,10 +342,11 @@ def drive(out: Path, *, events: int, seed: int) -> int:
         table += series.table
         if disk is not None:
             disk.close()
-    minutes = (time.monotonic() - began) / 60
-    counts = Counter(str(row["event"]).split(" (")[0].split(",")[0] for row in table)
-    total = f"{len(table)} events in {minutes:.0f} minutes: " + ", ".join(f"{n} {k}" for k, n in sorted(counts.items()))
-    (out / "events.md").write_text(as_markdown(table, [*sentences, total]))
+        minutes = (time.monotonic() - began) / 60
+        counts = Counter(str(row["event"]).split(" (")[0].split(",")[0] for row in table)
+        total = f"{len(table)} events in {minutes:.0f} minutes: "
+        total += ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
+        (out / "events.md").write_text(as_markdown(table, [*sentences, total]))
     print(f"{total}\nwritten: {out / 'events.md'}")
     return 0
 
