@@ -53,6 +53,8 @@ def backends(op: str, device: torch.device) -> Iterator[tuple[str, Callable[[Cal
 def compiled(call: Callable[..., Any], device: torch.device) -> Iterator[tuple[str, Callable[..., Any]]]:
     """torch.compile's own kernel; on GPUs only, where a compiler is certain."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        # The backward pass of a graph that is kept is timed many times: its buffers must not be given away.
+        torch._functorch.config.donated_buffer = False
         yield "torch.compile", torch.compile(call)
 
 

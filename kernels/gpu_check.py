@@ -37,7 +37,8 @@ def compare() -> list[str]:
             torch.manual_seed(0)
             found: dict[str, dict[str, Any]] = {}
             for case in OPS[op][0](shape, dtype, torch.device("cuda")):
-                found.setdefault(case.pass_, {})[case.provider] = case.call()
+                if case.provider in ("triton", "reference"):
+                    found.setdefault(case.pass_, {})[case.provider] = case.call()
             for name, results in found.items():
                 pairs = zip(*(_as_list(results[p]) for p in ("triton", "reference")), strict=True)
                 limit = 1e-5 if dtype == torch.float32 else 1e-2
