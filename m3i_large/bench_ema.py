@@ -133,7 +133,7 @@ def _alternate(
     """Steps and updates in turn on this rank: milliseconds, collectives, differences; `masters` is filled by a step."""
     parameters = dict(engine.module.named_parameters())
     seen = engine.twins({copy: (name, parameters[copy]) for copy, name in ours.source.items()})
-    [group] = ours.groups()
+    group = {key: piece for part in ours.groups() for key, piece in part.items()}
     start = {copy: group[f"ema/{copy}"].values.clone() for copy in ours.source}
     longhand = {copy: value.clone() for copy, value in start.items()}
     times: dict[str, list[float]] = {name: [] for name in ("step", *updates)}

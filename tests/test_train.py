@@ -23,6 +23,7 @@ from m3i_large.run import read_exit
 from m3i_large.schedule import MomentumConfig, ema_momentum
 
 pytestmark = pytest.mark.slow
+MEASURED = ("time", "data/wait_s", "perf/", "straggler/")  # differ from run to run
 LOSSES = ("loss", "loss/intra", "loss/inter", "loss/category", "loss/text")
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
@@ -231,8 +232,9 @@ def test_cached_contrast_trains_the_direct_runs_losses_and_resumes_to_the_bit(da
     rows = {name: read_metrics(tmp_path / name) for name in ("direct", "one", "two")}
     for name in ("one", "two"):
         for step, (got, wanted) in enumerate(zip(rows[name], rows["direct"], strict=True)):
-            assert got.keys() == wanted.keys()
-            for key in wanted.keys() - {"data/wait_s", "time/step_s", "perf/samples_per_s", "perf/mem_gib"}:
+            figures = [{k for k in row if not k.startswith(MEASURED)} for row in (got, wanted)]
+            assert figures[0] == figures[1]
+            for key in figures[0]:
                 assert got[key] == pytest.approx(wanted[key], rel=1e-3 if step else 2e-5, abs=1e-6), (name, step, key)
     middle, again = tmp_path / "one/checkpoints/step_00000002", tmp_path / "again"
     assert pretrain("--recipe", tmp_path / "one.yaml", "--out", again, "--resume", middle).returncode == 0
