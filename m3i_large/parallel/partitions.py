@@ -31,11 +31,13 @@ def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A parameter's run on this rank: which elements of it, and where they begin in its sub-group's flat tensor."""
+    """A parameter's run on this rank: which elements of it, its sub-group, and where they begin in that one's flat
+    tensor."""
 
     name: str
     parameter: nn.Parameter
     layout: Layout
+    group: int
     start: int
 
     def of(self, flat: Tensor) -> Slice:
@@ -56,8 +58,8 @@ class Partitions(ABC):
         self.zero, self.rank = zero, rank
         self.groups: list[list[Piece]] = [[] for _ in range(self.num_groups)]
         for name, parameter in named:
-            index, piece = self._locate(name, parameter)
-            self.groups[index].append(piece)
+            piece = self._locate(name, parameter)
+            self.groups[piece.group].append(piece)
 
     @property
     @abstractmethod
@@ -70,8 +72,8 @@ class Partitions(ABC):
         return len(self.flats)
 
     @abstractmethod
-    def _locate(self, name: str, parameter: nn.Parameter) -> tuple[int, Piece]:
-        """A parameter's sub-group and its run there; an empty run where this rank holds none of it."""
+    def _locate(self, name: str, parameter: nn.Parameter) -> Piece:
+        """A parameter's run; an empty one where this rank holds none of it."""
 
     def master(self, index: int) -> Tensor:
         """Sub-group `index`'s flat fp32 weights; on NVMe only inside `resident`."""
@@ -134,12 +136,12 @@ class Zero3(Partitions):
         """See Partitions."""
         return self.zero.fp32_partitioned_groups_flat
 
-    def _locate(self, name: str, parameter: nn.Parameter) -> tuple[int, Piece]:
+    def _locate(self, name: str, parameter: nn.Parameter) -> Piece:
         index, start, per_rank = self.zero.grad_position[self.zero.get_param_id(parameter)]
         total = parameter.ds_numel  # type: ignore[attr-defined]
         offset = min(self.rank.rank * per_rank, total)
         numel = max(0, min(per_rank, total - offset))
-        return index, Piece(name, parameter, Layout(full_shape(parameter), torch.float32, offset, numel), start)
+        return Piece(name, parameter, Layout(full_shape(parameter), torch.float32, offset, numel), index, start)
 
     def swapped(self, index: int) -> bool:
         """See Partitions."""
@@ -181,8 +183,7 @@ class Zero3(Partitions):
 
     def clamp(self, piece: Piece, low: float, high: float) -> None:
         """See Partitions."""
-        index, _ = self._locate(piece.name, piece.parameter)
-        values = piece.of(self.master(index)).values
+        values = piece.of(self.master(piece.group)).values
         values.clamp_(low, high)
         self.weights(piece).copy_(values)
         self.publish([piece.parameter])
@@ -223,14 +224,14 @@ class Zero12(Partitions):
         """See Partitions."""
         return self.zero.single_partition_of_fp32_groups
 
-    def _locate(self, name: str, parameter: nn.Parameter) -> tuple[int, Piece]:
+    def _locate(self, name: str, parameter: nn.Parameter) -> Piece:
         index = next(i for i, flat in enumerate(self.weight_flats) if _within(parameter, flat))
         begin = _position(parameter, self.weight_flats[index])
         size = self.zero.partition_size[index]
         low, high = max(begin, self.rank.rank * size), min(begin + parameter.numel(), (self.rank.rank + 1) * size)
         numel = max(0, high - low)
         offset, start = (low - begin, low - self.rank.rank * size) if numel else (0, 0)
-        return index, Piece(name, parameter, Layout(tuple(parameter.shape), torch.float32, offset, numel), start)
+        return Piece(name, parameter, Layout(tuple(parameter.shape), torch.float32, offset, numel), index, start)
 
     @property
     def weight_flats(self) -> list[Tensor]:
@@ -252,8 +253,7 @@ class Zero12(Partitions):
 
     def clamp(self, piece: Piece, low: float, high: float) -> None:
         """See Partitions; rounding keeps order, so that clamping the rounded weights on every rank is exact."""
-        index, _ = self._locate(piece.name, piece.parameter)
-        piece.of(self.master(index)).values.clamp_(low, high)
+        piece.of(self.master(piece.group)).values.clamp_(low, high)
         piece.parameter.data.clamp_(low, high)
 
     def drop_gradients(self) -> None:
@@ -275,13 +275,12 @@ class _Zero12Twins(Twins):
         self._used: set[int] = set()
         self._runs: dict[str, Tensor] = {}
         for name, (piece, twin) in pairs.items():
-            index, _ = partitions._locate(piece.name, piece.parameter)
-            begin = _position(piece.parameter, partitions.weight_flats[index])
-            view = self._mirrors[index].narrow(0, begin, twin.numel())
+            begin = _position(piece.parameter, partitions.weight_flats[piece.group])
+            view = self._mirrors[piece.group].narrow(0, begin, twin.numel())
             view.copy_(twin.detach().view(-1))
             twin.data = view.view(twin.shape)
             self._runs[name] = view.narrow(0, piece.layout.offset, piece.layout.numel)
-            self._used.add(index)
+            self._used.add(piece.group)
 
     def weights(self, name: str) -> Tensor:
         """See Twins."""
