@@ -1,10 +1,9 @@
-"""A recipe: one experiment, the sum of the components' own configurations. The only reader of YAML.
+"""A recipe: one experiment, the sum of the components' own configurations.
 
 Resolution order: the file named by `extends` (one level), the recipe itself, `scale=demo`, dotted overrides; then the
 ready specs of sources that say `like: NAME` (specs/), under what the recipe sets.
 """
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,17 @@ from m3i_large.guard import SpikeConfig
 from m3i_large.models.config import BackboneConfig, DecoderConfig, PoolConfig, TextConfig
 from m3i_large.objective.config import ObjectiveConfig
 from m3i_large.optim import OptimConfig
+from m3i_large.recipe_file import (
+    header_of,
+    locate,
+    merge,
+    names_in,
+    one_line,
+    parse_overrides,
+    read_extended,
+    read_yaml,
+    set_dotted,
+)
 from m3i_large.schedule import MomentumConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -141,16 +151,9 @@ def recipe_names() -> list[str]:
     return names_in(RECIPES)
 
 
-def names_in(directory: Path) -> list[str]:
-    """Stems of the YAML files of a directory."""
-    return sorted(path.stem for path in directory.glob("*.yaml"))
-
-
 def recipe_header(name: str) -> str:
     """The comment at the top of a shipped recipe."""
-    lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    return "\n".join(line.removeprefix("#").strip() for line in lines[:end])
+    return header_of(RECIPES / f"{name}.yaml")
 
 
 def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
@@ -158,12 +161,8 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
     Raises UserError in one line: unknown recipe or key (naming the nearest), a wrong type, an inconsistent value.
     """
-    values, layers = _read(name), []
-    for override in overrides or []:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"override: got {override!r}; needed: key=value with a dotted key, such as train.steps=100")
-        layers.append((key.strip(), _parse(text, key)))
+    values = read_extended(name, RECIPES, what="recipe")
+    layers = parse_overrides(overrides or [])
     for key, value in layers:
         if key == "scale":
             if value != "demo":
@@ -171,7 +170,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
             values = _at_demo_scale(values)
     for key, value in layers:
         if key != "scale":
-            _set(values, key, value)
+            set_dotted(values, key, value)
     return validate(values)
 
 
@@ -184,55 +183,6 @@ def validate(values: dict[str, Any]) -> Recipe:
         raise UserError(one_line(error, Recipe)) from None
 
 
-def _parse(text: str, key: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {key}: {text!r} is not a YAML value") from None
-
-
-def locate(name: str, directory: Path, *, what: str) -> Path:
-    """The file that `name` means: a YAML file, or one in `directory` by its stem; UserError naming the nearest."""
-    known = names_in(directory)
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(
-                f"{what}: got {name}, which does not exist; needed: a YAML file or one of {', '.join(known)}"
-            )
-        return path
-    path = directory / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(f"{what}: got {name!r}{_nearest(name, known)}; needed: one of {', '.join(known)}")
-    return path
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping from a YAML file, with its stem as `name` where it has none; UserError where it is none."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no mapping; needed: keys and values")
-    values.setdefault("name", path.stem)
-    return values
-
-
-def _read(name: str) -> dict[str, Any]:
-    path = locate(name, RECIPES, what="recipe")
-    values = read_yaml(path)
-    if (base := values.pop("extends", None)) is None:
-        return values
-    parent = read_yaml(locate(str(base), RECIPES, what="recipe"))
-    if "extends" in parent:
-        raise UserError(f"recipe: {path} extends {base}, which extends {parent['extends']}; needed: one level")
-    name = values.get("backbone", {}).get("name")
-    if name and name != parent.get("backbone", {}).get("name"):
-        parent.pop("backbone", None)  # fields of one kind of model mean nothing to another
-    return _merge(parent, values)
-
-
 def _with_specs(values: dict[str, Any]) -> dict[str, Any]:
     """Fills in sources that say `like: NAME` from the ready specs; what they set themselves wins."""
     data: Any = values.get("data")
@@ -243,82 +193,15 @@ def _with_specs(values: dict[str, Any]) -> dict[str, Any]:
     for source in sources:
         if isinstance(source, dict) and "like" in source:
             own = {key: value for key, value in source.items() if key != "like"}
-            source = _merge(read_yaml(locate(str(source["like"]), SPECS, what="data.sources.like")), own)
+            source = merge(read_yaml(locate(str(source["like"]), SPECS, what="data.sources.like")), own)
         filled.append(source)
     return {**values, "data": {**data, "sources": filled}}
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key; everything else, lists included, is replaced."""
-    merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
 def _at_demo_scale(values: dict[str, Any]) -> dict[str, Any]:
-    demo = _read("demo")
+    demo = read_extended("demo", RECIPES, what="recipe")
     scaled = {**values, **{key: demo[key] for key in DEMO_SCALE if key in demo}}
     # The mask's patch is a size in pixels of the demo's images; what is masked and predicted stays the recipe's.
-    scaled["objective"] = _merge(values.get("objective", {}), {"input": {"patch": demo["objective"]["input"]["patch"]}})
+    scaled["objective"] = merge(values.get("objective", {}), {"input": {"patch": demo["objective"]["input"]["patch"]}})
     scaled["name"] = f"{values['name']}_demo"
     return scaled
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    node: Any = values
-    for name in parents:
-        node = (
-            node[int(name)]
-            if isinstance(node, list) and name.isdigit() and int(name) < len(node)
-            else _child(node, name, key)
-        )
-    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UserError(f"override: {key} does not exist in the recipe")
-
-
-def _child(node: Any, name: str, key: str) -> Any:
-    if not isinstance(node, dict):
-        raise UserError(f"override: {key} does not exist in the recipe")
-    if node.get(name) is None:
-        node[name] = {}
-    return node[name]
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem of values that should have been a `model`."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "values"
-    got = first.get("input")
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1], model)
-        return f"{where}: unknown key{_nearest(str(first['loc'][-1]), known)}; needed: one of {', '.join(known)}"
-    message = first["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(got, dict | list | BaseModel) or first["type"] == "missing" else f" (got {got!r})"
-    return f"{where}: {message}{shown}"
-
-
-def _fields_at(location: tuple[int | str, ...], model: Any) -> list[str]:
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = getattr(model, "model_fields", {}).get(part)
-        model = _model_in(field.annotation) if field else None
-    return sorted(getattr(model, "model_fields", {}))
-
-
-def _model_in(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((m for m in map(_model_in, getattr(annotation, "__args__", ())) if m), None)

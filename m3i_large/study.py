@@ -14,7 +14,8 @@ from m3i_large.errors import UserError
 from m3i_large.evaluate import KINDS, PROBES, evaluate
 from m3i_large.metrics import read_metrics, read_rows, write_json
 from m3i_large.objective import ObjectiveConfig
-from m3i_large.recipe import load_recipe, locate, names_in, one_line, read_yaml
+from m3i_large.recipe import load_recipe
+from m3i_large.recipe_file import locate, names_in, one_line, read_yaml
 
 STUDIES = Path(__file__).parent / "studies"
 LAUNCHER = Path("launchers/pretrain.py")
