@@ -1,0 +1,109 @@
+"""A fine-tuning recipe: task, backbone, optimizer and length. `--weights` and `--data` of the launchers complete it."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from m3i_large.errors import UserError
+from m3i_large.finetune.classification.config import ClassificationConfig
+from m3i_large.finetune.detection.config import DetectionConfig
+from m3i_large.finetune.segmentation.config import SegmentationConfig
+from m3i_large.optim import OptimConfig
+from m3i_large.recipe_file import header_of, names_in, one_line, parse_overrides, read_extended, set_dotted
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class FinetuneBackbone(BaseModel):
+    """The backbone that is fine-tuned; an export's card says which one it is, so most recipes leave the name out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = Field(None, description="of create_model; null: that of the weights, any other must agree")
+    arch: dict[str, Any] = Field(default_factory=dict, description="fields of the model that differ, e.g. drop_path")
+    init: Literal["weights", "random"] = Field("weights", description="random: the same network, untrained")
+
+
+class FinetuneOptimConfig(OptimConfig):
+    """AdamW with a learning rate that falls from head to stem."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    layer_decay: float = Field(1.0, gt=0, le=1, description="factor from one layer to the one before it; 1: none")
+
+
+class FinetuneTrainConfig(BaseModel):
+    """Size and length of a fine-tuning, precision, and how often things are written and measured."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    global_batch: PositiveInt = Field(description="images per optimizer step, over all ranks and micro-steps")
+    accumulation: PositiveInt = Field(1, description="micro-steps per optimizer step")
+    steps: PositiveInt | None = Field(None, description="length in optimizer steps; replaces epochs")
+    epochs: float | None = Field(None, gt=0)
+    seed: int = Field(0, ge=0)
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="bf16: autocast over fp32 weights")
+    threads: PositiveInt | None = Field(None, description="CPU threads per rank; default: cores / local ranks")
+    workers: int = Field(4, ge=0, description="processes per rank that read and transform images; 0: none")
+    activation_checkpointing: bool = True
+    ema: float = Field(0.9999, ge=0, lt=1, description="momentum of the weights' average; 0: none")
+    evaluate_every: PositiveInt | None = Field(None, description="steps between evaluations; null: at the end only")
+    checkpoint_every: PositiveInt = 1000
+    checkpoint_keep: PositiveInt = 2
+    log_every: PositiveInt = 10
+    max_skipped: PositiveInt = Field(5, description="steps in a row with gradients that are not finite")
+    timeout_s: float = Field(1800.0, gt=0, description="a rank without progress for so long has hung")
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "FinetuneTrainConfig":
+        if self.global_batch % self.accumulation:
+            raise ValueError(f"global_batch {self.global_batch} is not a multiple of accumulation {self.accumulation}")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("neither steps nor epochs is set; needed: one of them")
+        return self
+
+
+class FinetuneRecipe(BaseModel):
+    """One fine-tuning."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    task: Annotated[DetectionConfig | ClassificationConfig | SegmentationConfig, Field(discriminator="kind")]
+    backbone: FinetuneBackbone = FinetuneBackbone()
+    optim: FinetuneOptimConfig = FinetuneOptimConfig()
+    train: FinetuneTrainConfig
+    weights: str | None = Field(None, description="exported file; the launcher's --weights")
+    data: str | None = Field(None, description="directory of the data set; the launcher's --data")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written into a run's recipe.yaml."""
+        return self.model_dump(mode="json")
+
+
+def finetune_recipe_names() -> list[str]:
+    """Names of the fine-tuning recipes that ship with the package."""
+    return names_in(RECIPES)
+
+
+def finetune_recipe_header(name: str) -> str:
+    """The comment at the top of a shipped fine-tuning recipe."""
+    return header_of(RECIPES / f"{name}.yaml")
+
+
+def load_finetune_recipe(name: str, overrides: list[str] | None = None) -> FinetuneRecipe:
+    """Reads a fine-tuning recipe by name or path and applies overrides `a.b=value`; UserError in one line."""
+    values = read_extended(name, RECIPES, what="recipe")
+    for key, value in parse_overrides(overrides or []):
+        set_dotted(values, key, value)
+    return validate_finetune(values)
+
+
+def validate_finetune(values: dict[str, Any]) -> FinetuneRecipe:
+    """Builds a FinetuneRecipe from plain values; the first problem becomes a UserError of one line."""
+    try:
+        return FinetuneRecipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(one_line(error, FinetuneRecipe)) from None
