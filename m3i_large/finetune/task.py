@@ -61,7 +61,7 @@ class Task(Protocol):
         ...
 
     def collate(self, samples: Sequence[Any], rng: np.random.Generator | None) -> Batch:
-        """One rank's micro-batch; `rng` for what mixes samples, keyed by (seed, step, micro_step), None in evaluation."""
+        """One rank's micro-batch; `rng` for what mixes samples, keyed by (seed, step, micro_step); None: evaluation."""
         ...
 
     def score(self, predictions: Mapping[int, Any], directory: Path) -> dict[str, float]:
