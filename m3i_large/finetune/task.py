@@ -56,8 +56,11 @@ class Task(Protocol):
     metric: str
     """Name of the score that stands for the others, e.g. `box/AP`; higher is better."""
 
-    def build(self, backbone: nn.Module) -> TaskModel:
-        """The model around a backbone from `create_model`, weights of the rest freshly drawn."""
+    def build(self, backbone: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> TaskModel:
+        """The model around a backbone from `create_model`, weights of the rest freshly drawn.
+
+        mean, std: of the pixels (0 to 1, RGB) that the backbone was trained on; batches hold uint8 images.
+        """
         ...
 
     def collate(self, samples: Sequence[Any], rng: np.random.Generator | None) -> Batch:

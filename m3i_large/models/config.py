@@ -30,6 +30,7 @@ class ViTConfig(ModelConfig):
     patch_size: PositiveInt = 16
     mlp_ratio: PositiveFloat = 4.0
     mask_token: bool = Field(False, description="a learned token that can stand in for hidden patches")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="of the last block, rising from 0 at the first; fine-tuning")
 
 
 class InternImageConfig(ModelConfig):
@@ -54,7 +55,7 @@ class InternImageConfig(ModelConfig):
         None,
         description="of the tokens; null: 1024 from 320 channels on (official: H and G), else 768",
     )
-    drop_path: float = Field(0.0, ge=0, lt=1, description="of the last block, falling to 0 at the first; fine-tuning")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="of the last block, rising from 0 at the first; fine-tuning")
     image_size: PositiveInt = Field(224, multiple_of=32)
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from m3i_large.models.init import init_linears
 
 
 class ViT(nn.Module):
-    """Pre-norm ViT with a class token and learned positions; no dropout, no drop path.
+    """Pre-norm ViT with a class token and learned positions; no dropout.
 
     Its keys are those of timm's `vit_base_patch16_224`, which MAE, ViTDet and ViT-Adapter read too. The class token is
     there for them: dense terms and pool read the patch tokens only (METHOD 3).
@@ -36,7 +36,8 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, config.width))
         self.patch_embed = PatchEmbed(config.image_size, config.patch_size, embed_dim=config.width)
         self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, mlp_ratio=config.mlp_ratio, qkv_bias=True) for _ in range(config.depth)
+            Block(config.width, config.heads, mlp_ratio=config.mlp_ratio, qkv_bias=True, drop_path=rate)
+            for rate in torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         )
         self.norm = LayerNorm(config.width)
         self.head = nn.Linear(config.width, num_classes) if num_classes else None
