@@ -8,7 +8,7 @@ import torch
 from m3i_large import checkpoint
 from m3i_large.build import blocks_entered_once, build_objective, transformer_blocks, use_plain_attention
 from m3i_large.ds_file import optimizer_device
-from m3i_large.evaluate.load import load_frozen
+from m3i_large.evaluate.load import load_frozen, load_start
 from m3i_large.optim import decays
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
 from m3i_large.parallel.engine import Engine, build_param_groups, gather_whole, partition
@@ -19,10 +19,17 @@ from m3i_large.parallel.state import JoinedState, MemoryState, Slice, State
 from m3i_large.recipe import Recipe
 
 
-def build_engine(recipe: Recipe, ds_config: dict[str, Any], rank: Rank) -> tuple[Engine, ShardedEMA | None]:
-    """Towers, then ZeRO partitions, then the optimizer and the target's average."""
+def build_engine(
+    recipe: Recipe, ds_config: dict[str, Any], rank: Rank, *, fresh: bool = True
+) -> tuple[Engine, ShardedEMA | None]:
+    """Towers, then ZeRO partitions, then the optimizer and the target's average.
+
+    `fresh`: the weights begin as the recipe says; where a checkpoint fills them next, backbone.weights is not read.
+    """
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
     objective = build_objective(recipe, collectives=ProcessGroupCollectives(rank), dtype=dtype)
+    if fresh:
+        load_start(objective, recipe)
     if recipe.objective.frozen_checkpoint is not None:
         load_frozen(objective, Path(recipe.objective.frozen_checkpoint))
     if rank.device.type == "cpu":

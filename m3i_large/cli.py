@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from m3i_large.cli_data import data_app
+from m3i_large.cli_export import export_command, import_command, verify_command
 from m3i_large.cli_plan import plan_command
 from m3i_large.errors import REQUEUE, DivergenceError, OutageError, UserError
 
@@ -32,6 +33,9 @@ bench_app = typer.Typer(help="Speed.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 app.command("plan")(plan_command)
+app.command("export")(export_command)
+app.command("verify")(verify_command)
+app.command("import")(import_command)
 
 
 def guarded(command: Callable[[], int], *, debug: bool = False) -> int:

@@ -5,11 +5,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from m3i_large.assembly import build_engine, restore
 from m3i_large.checkpoint import Checkpoint
+from m3i_large.checkpoint.reader import sha256
 from m3i_large.data.loader import Loader
 from m3i_large.data.sources import manifest_hash
 from m3i_large.guard import Guard
@@ -97,13 +99,14 @@ def _set_up(
         return None
 
     flops = _flops(recipe, rank)
-    engine, target = build_engine(recipe, ds_config, rank)
+    engine, target = build_engine(recipe, ds_config, rank, fresh=saved is None)
     if saved:
         restore(saved, engine, target)
     barrier()
     if rank.is_first:
         precision, threads = recipe.train.precision, torch.get_num_threads()
-        begin(run, environment(world=rank.world, device=rank.device, precision=precision, threads=threads))
+        found_here = environment(world=rank.world, device=rank.device, precision=precision, threads=threads)
+        begin(run, found_here | _start_weights(recipe))
     barrier()  # from here on any rank may write exit.json
     loop = Loop(
         recipe=recipe,
@@ -124,6 +127,12 @@ def _set_up(
         flops=flops,
     )
     return loop, partial(make_loader, recipe, mixture, sources, rank), saved.step if saved else 0
+
+
+def _start_weights(recipe: Recipe) -> dict[str, Any]:
+    """Name and checksum of the file that the student began with, for env.json."""
+    path = recipe.backbone.weights
+    return {"backbone_weights": {"file": path, "sha256": sha256(Path(path))}} if path and Path(path).is_file() else {}
 
 
 def _step_sizes(recipe: Recipe, rank: Rank) -> StepSizes:

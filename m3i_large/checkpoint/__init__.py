@@ -13,7 +13,14 @@ last. A directory with a manifest under its final name is therefore complete. do
     remote      copies elsewhere (fsspec)
 """
 
-from m3i_large.checkpoint.directory import LATEST, MANIFEST, complete_checkpoints, newest, step_directory
+from m3i_large.checkpoint.directory import (
+    LATEST,
+    MANIFEST,
+    complete_checkpoints,
+    find_checkpoint,
+    newest,
+    step_directory,
+)
 from m3i_large.checkpoint.reader import Checkpoint
 from m3i_large.checkpoint.remote import Copier, Remote, redacted
 from m3i_large.checkpoint.report import Report
@@ -29,6 +36,7 @@ __all__ = [
     "Remote",
     "Report",
     "complete_checkpoints",
+    "find_checkpoint",
     "newest",
     "newest_intact",
     "redacted",

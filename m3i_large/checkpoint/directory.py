@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from m3i_large.errors import UserError
+
 MANIFEST, LATEST = "manifest.json", "latest"
 REPLACED = ".replaced"
 
@@ -29,6 +31,15 @@ def step_of(directory: Path) -> int:
 def temporary_directory(root: Path, step: int, token: str) -> Path:
     """Where a checkpoint is put together; the token keeps attempts and saves of the same step apart."""
     return root / f".{step_directory(root, step).name}.{token}.tmp"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint directory that `path` is, or the newest one of the run directory that it is; else UserError."""
+    if (path / MANIFEST).is_file():
+        return path
+    if (found := newest(path / "checkpoints")) is not None:
+        return found
+    raise UserError(f"checkpoint: got {path}; needed: a run directory with a checkpoint, or a checkpoint directory")
 
 
 def step_directories(root: Path) -> list[Path]:

@@ -112,6 +112,10 @@ class Checkpoint:
         """The whole tensor in its shape."""
         return self.read(key).reshape(self.manifest["tensors"][key]["shape"])
 
+    def release(self) -> None:
+        """Closes the files: they are mapped, so what was read of them stays resident otherwise."""
+        self._files.clear()
+
     def restore(self, state: State) -> None:
         """Fills a rank's slices in place; refuses a checkpoint of another model before writing anything."""
         stored, layout = self.manifest["tensors"], state.layout()
@@ -128,7 +132,7 @@ class Checkpoint:
         for group in state.groups(write=True):
             for key, part in group.items():
                 part.values.copy_(self.read(key, offset=part.offset, numel=part.values.numel()))
-            self._files.clear()  # files are mapped: what was read would stay resident, with all other groups'
+            self.release()
 
     def _open(self, name: str) -> Any:
         if name not in self._files:

@@ -53,6 +53,7 @@ class SourceConfig(BaseModel):
     class_map: str | None = Field(None, description="JSON file {label: class index}, relative to data.root")
     letterbox: bool = Field(False, description="cut the padding of img2dataset's border mode (original_* in .json)")
     filters: FilterConfig = FilterConfig()
+    licence: str = Field("", description="of the samples, as an exported model's card names it")
     nominal: Nominal | None = None
 
     @field_validator("repeats", mode="before")

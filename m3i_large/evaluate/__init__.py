@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from m3i_large.checkpoint import find_checkpoint
 from m3i_large.data.source_config import Kind
 from m3i_large.errors import UserError
 from m3i_large.evaluate.features import Features, Samples, encode, read_samples
 from m3i_large.evaluate.kinds import KINDS, Values, accuracies, categories_chance
-from m3i_large.evaluate.load import find_checkpoint, load_trained, load_untrained
+from m3i_large.evaluate.load import load_trained, load_untrained
 from m3i_large.evaluate.probes import PROBES
 from m3i_large.metrics import append_row
 from m3i_large.objective import Objective

@@ -1,23 +1,16 @@
 """From a run or checkpoint to a model that encodes, on the CPU, without DeepSpeed."""
 
 from pathlib import Path
+from typing import Any
 
 from m3i_large.build import build_objective
-from m3i_large.checkpoint import MANIFEST, Checkpoint, newest
+from m3i_large.checkpoint import Checkpoint, find_checkpoint
 from m3i_large.errors import UserError
+from m3i_large.export.branch import BRANCHES, PRETRAINING
+from m3i_large.export.weights import compare, read_weights
+from m3i_large.models.factory import model_config
 from m3i_large.objective import Objective
 from m3i_large.recipe import Recipe, validate
-
-BRANCHES = ("student", "target")
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint directory that `path` is, or the newest one of the run directory that it is."""
-    if (path / MANIFEST).is_file():
-        return path
-    if (found := newest(path / "checkpoints")) is not None:
-        return found
-    raise UserError(f"checkpoint: got {path}; needed: a run directory with a checkpoint, or a checkpoint directory")
 
 
 def load_trained(path: Path, *, branch: str = "student") -> tuple[Recipe, Objective]:
@@ -58,7 +51,41 @@ def load_trained(path: Path, *, branch: str = "student") -> tuple[Recipe, Object
 
 def load_untrained(recipe: Recipe) -> Objective:
     """The same towers as they were before the first step."""
-    return build_objective(recipe).eval()
+    objective = build_objective(recipe)
+    load_start(objective, recipe)
+    return objective.eval()
+
+
+def load_start(objective: Objective, recipe: Recipe) -> None:
+    """Fills the student, and what is copied from it, from the file that the recipe starts from, where it names one.
+
+    Raises:
+        UserError: the file is no backbone, or another one than the recipe's.
+    """
+    if recipe.backbone.weights is None:
+        return
+    read = read_weights(Path(recipe.backbone.weights))
+    student: Any = objective.student
+    arch = {**recipe.backbone.arch, "image_size": student.image_size}
+    here, there = (_function(*model) for model in ((recipe.backbone.name, arch), (read.name, read.arch)))
+    if changed := [key for key in here if here.get(key) != there.get(key)]:
+        got, need = there.get(changed[0]), here[changed[0]]
+        raise UserError(
+            f"backbone.weights: {read.path} is a {read.name} with {changed[0]} {got}; needed: the recipe's {need}"
+        )
+    tensors = read.build(image_size=student.image_size).state_dict()
+    own = {key: x.shape for key, x in student.state_dict().items() if not key.startswith(PRETRAINING)}
+    compare(own, tensors, what=f"backbone.weights: {read.path}")
+    for tower in (student, objective.target):
+        if tower is not None:
+            tower.load_state_dict(tensors, strict=False)  # bridge and mask token stay as they were drawn
+
+
+def _function(name: str, arch: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a backbone that decide what its tensors compute, at any image size."""
+    config = model_config(name, **arch)
+    other = {"image_size", "drop_path", "mask_token", "bridge_width", "head"}
+    return {"kind": type(config).__name__, **config.model_dump(exclude=other)}
 
 
 def load_frozen(objective: Objective, path: Path) -> None:

@@ -18,6 +18,7 @@ class BackboneConfig(ModelConfig):
 
     name: str = "vit_b16"
     arch: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = Field(None, description="file of `m3i import` or `m3i export` that the student starts from")
 
 
 class ViTConfig(ModelConfig):

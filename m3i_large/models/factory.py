@@ -50,11 +50,18 @@ def create_model(name: str, *, num_classes: int = 0, bridge: bool = False, **arc
     """
     if num_classes < 0:
         raise UserError(f"num_classes: got {num_classes}, needed 0 (no classifier) or more")
+    config = model_config(name, **arch)
+    if isinstance(config, ViTConfig):
+        return ViT(config, num_classes=num_classes)
+    return InternImage(config, num_classes=num_classes, bridge=bridge)
+
+
+def model_config(name: str, **arch: Any) -> ViTConfig | InternImageConfig:
+    """What a name and overrides of its fields mean; raises as `create_model` does."""
     if name in VIT_SIZES:
-        return ViT(_config(ViTConfig, name, VIT_SIZES[name] | arch), num_classes=num_classes)
+        return _config(ViTConfig, name, VIT_SIZES[name] | arch)
     if name in INTERN_IMAGE_SIZES:
-        config = _config(InternImageConfig, name, INTERN_IMAGE_SIZES[name] | arch)
-        return InternImage(config, num_classes=num_classes, bridge=bridge)
+        return _config(InternImageConfig, name, INTERN_IMAGE_SIZES[name] | arch)
     raise UserError(f"backbone.name: got {name!r}, needed {_nearest(name, [*VIT_SIZES, *INTERN_IMAGE_SIZES])}")
 
 

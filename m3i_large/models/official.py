@@ -37,7 +37,7 @@ def load_official(model: nn.Module, source: str | Path | Mapping[str, Any]) -> l
         UserError: no such file, a pickle with anything but tensors and plain values, a missing, unexpected or
             mis-shaped tensor (the first of each is named).
     """
-    found = _unwrap(source if isinstance(source, Mapping) else read_tensors(Path(source)))
+    found = unwrap(source if isinstance(source, Mapping) else read_tensors(Path(source)))
     wanted = model.state_dict()
     found = {key: _without_middle(key, tensor, wanted.get(key)) for key, tensor in found.items()}
     extra = sorted(found.keys() - wanted.keys())
@@ -82,8 +82,8 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Flat official keys to tensors, whatever the file was saved by."""
+def unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Flat official names to tensors, whatever the file was saved by."""
     while (
         inner := next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
     ) is not None:
