@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from m3i_large.data.config import DataConfig
@@ -27,6 +26,7 @@ from m3i_large.recipe_file import (
     read_extended,
     read_yaml,
     set_dotted,
+    yaml_text,
 )
 from m3i_large.schedule import MomentumConfig
 
@@ -143,7 +143,7 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return yaml_text(self.to_dict())
 
 
 def recipe_names() -> list[str]:

@@ -83,6 +83,16 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     return layers
 
 
+def yaml_text(values: dict[str, Any]) -> str:
+    """Plain values as YAML, in their order."""
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def yaml_values(path: Path) -> dict[str, Any]:
+    """What `yaml_text` wrote into a file."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """Mappings merge key by key; everything else, lists included, is replaced."""
     merged = dict(base)

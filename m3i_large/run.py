@@ -2,14 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-import yaml
 
 from m3i_large import checkpoint
 from m3i_large.data.storage import is_url
@@ -17,11 +16,28 @@ from m3i_large.errors import DivergenceError, OutageError, UserError
 from m3i_large.goodput import Goodput, goodput
 from m3i_large.metrics import EVENTS, METRICS, append_row, create_json, event_row, iterate_rows, last_rows, write_json
 from m3i_large.parallel.comm import Rank, local_ranks
-from m3i_large.recipe import Recipe, validate
+from m3i_large.recipe import validate
+from m3i_large.recipe_file import yaml_values
 from m3i_large.stop_signals import Stopped
 
 Outcome = Literal["finished", "interrupted", "failed"]
 RECIPE, ENV, EXIT = "recipe.yaml", "env.json", "exit.json"
+
+
+class AnyRecipe(Protocol):
+    """What a run directory needs of a recipe: of pre-training, or of fine-tuning."""
+
+    name: str
+    train: Any
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def to_yaml(self) -> str: ...
+
+    def model_copy(self, *, update: dict[str, Any]) -> Any: ...
+
+
+R = TypeVar("R", bound=AnyRecipe)
 
 
 @dataclass(frozen=True)
@@ -29,7 +45,7 @@ class Run:
     """An opened run directory: its resolved recipe, the number of this start, and the checkpoint to continue from."""
 
     directory: Path
-    recipe: Recipe
+    recipe: AnyRecipe
     attempt: int
     resume_from: Path | None
 
@@ -110,12 +126,15 @@ def resolve_threads(choice: int | None) -> int:
     return max(1, cores // local_ranks())
 
 
-def read_recipe(directory: Path) -> Recipe | None:
-    """The resolved recipe of a run directory, None where it holds no run."""
+def read_recipe(directory: Path, *, parse: Callable[[dict[str, Any]], Any] = validate) -> Any:
+    """The resolved recipe of a run directory, None where it holds no run.
+
+    `parse`: makes a recipe of plain values; that of the kind of run which is expected.
+    """
     path = directory / RECIPE
     if not path.is_file():
         return None
-    return validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return parse(yaml_values(path))
 
 
 def read_exit(directory: Path) -> dict[str, Any]:
@@ -124,9 +143,11 @@ def read_exit(directory: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def resolve(recipe: Recipe, directory: Path, device: torch.device) -> Recipe:
+def resolve(
+    recipe: R, directory: Path, device: torch.device, *, parse: Callable[[dict[str, Any]], Any] = validate
+) -> R:
     """Fixes precision and threads: the run's earlier values where it has any, else this machine's."""
-    previous = read_recipe(directory)
+    previous = read_recipe(directory, parse=parse)
     precision, threads = recipe.train.precision, recipe.train.threads
     if previous is not None:
         precision = previous.train.precision if precision == "auto" else precision
@@ -135,7 +156,9 @@ def resolve(recipe: Recipe, directory: Path, device: torch.device) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=settled)})
 
 
-def open_run(directory: Path, recipe: Recipe, *, resume: str) -> Run:
+def open_run(
+    directory: Path, recipe: AnyRecipe, *, resume: str, parse: Callable[[dict[str, Any]], Any] = validate
+) -> Run:
     """Checks, without writing, that `recipe` may run in `directory`, and finds the checkpoint to continue from.
 
     Args:
@@ -146,7 +169,7 @@ def open_run(directory: Path, recipe: Recipe, *, resume: str) -> Run:
     Raises:
         UserError: the directory holds another recipe's run or other files, or the checkpoint is not there.
     """
-    previous = read_recipe(directory)
+    previous = read_recipe(directory, parse=parse)
     if previous is None and directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"--out: {directory} holds files but no run; needed: an empty or new directory")
     if previous is not None and previous != recipe:
@@ -209,7 +232,7 @@ def resume_point(run: Run, *, resume: str, rank: Rank) -> tuple[checkpoint.Check
     return saved, reports
 
 
-def _other_recipe(saved: checkpoint.Checkpoint, recipe: Recipe) -> str:
+def _other_recipe(saved: checkpoint.Checkpoint, recipe: AnyRecipe) -> str:
     """What differs in a checkpoint's recipe beside what each machine settles for itself; empty where nothing does."""
     old, new = saved.manifest["recipe"], recipe.to_dict()
     settled = {name: new["train"][name] for name in ("precision", "threads")}

@@ -45,7 +45,7 @@ FORBIDDEN = {
 ONLY = {
     "deepspeed": ("m3i_large/parallel",),
     "triton": ("kernels/m3i_kernels",),
-    "yaml": ("m3i_large/recipe_file.py", "m3i_large/recipe.py", "m3i_large/run.py"),
+    "yaml": ("m3i_large/recipe_file.py",),
 }
 
 

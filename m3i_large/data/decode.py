@@ -26,7 +26,7 @@ TURNS = {
 }
 
 
-def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> np.ndarray:
     """Decodes JPEG, PNG, WebP, BMP, ... by content, not by name -> uint8 (H, W, 3) RGB.
 
     Gzipped files are unpacked first. EXIF orientation is applied, transparency laid on white, 16 bits reduced to 8;
@@ -34,6 +34,7 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     Args:
         max_pixels: a JPEG file above it is decoded at 1/2, 1/4 or 1/8; any other is refused before it is decoded.
+        upright: apply the EXIF orientation.
 
     Raises:
         ValueError: no image, a damaged one, or too large a one.
@@ -46,7 +47,8 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if header is None:
         raise ValueError(f"{len(data)} bytes that are no image")
     if data[:2] == JPEG:
-        return _upright(_decode_jpeg(data, header, max_pixels), header.orientation)
+        image = _decode_jpeg(data, header, max_pixels)
+        return _upright(image, header.orientation) if upright else image
     if header.width * header.height > max_pixels:
         raise ValueError(f"an image of {header.width} x {header.height}; needed: at most {max_pixels} pixels")
     image = None

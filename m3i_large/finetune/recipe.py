@@ -1,16 +1,14 @@
 """A fine-tuning recipe: task, backbone, optimizer and length. `--weights` and `--data` of the launchers complete it."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from m3i_large.errors import UserError
-from m3i_large.finetune.classification.config import ClassificationConfig
 from m3i_large.finetune.detection.config import DetectionConfig
-from m3i_large.finetune.segmentation.config import SegmentationConfig
 from m3i_large.optim import OptimConfig
-from m3i_large.recipe_file import header_of, names_in, one_line, parse_overrides, read_extended, set_dotted
+from m3i_large.recipe_file import header_of, names_in, one_line, parse_overrides, read_extended, set_dotted, yaml_text
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -30,6 +28,7 @@ class FinetuneOptimConfig(OptimConfig):
 
     betas: tuple[float, float] = (0.9, 0.999)
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor from one layer to the one before it; 1: none")
+    offset_scale: float = Field(1.0, gt=0, description="a further factor for InternImage's offsets (dcn_lr_mul)")
 
 
 class FinetuneTrainConfig(BaseModel):
@@ -47,9 +46,13 @@ class FinetuneTrainConfig(BaseModel):
     workers: int = Field(4, ge=0, description="processes per rank that read and transform images; 0: none")
     activation_checkpointing: bool = True
     ema: float = Field(0.9999, ge=0, lt=1, description="momentum of the weights' average; 0: none")
+    eval_batch: PositiveInt = Field(1, description="images per rank that are evaluated at once")
     evaluate_every: PositiveInt | None = Field(None, description="steps between evaluations; null: at the end only")
     checkpoint_every: PositiveInt = 1000
-    checkpoint_keep: PositiveInt = 2
+    checkpoint_keep: PositiveInt = Field(2, description="newest complete checkpoints kept")
+    checkpoint_keep_every: PositiveInt | None = Field(None, description="checkpoints at its multiples stay for good")
+    checkpoint_async: bool = Field(True, description="write a copy in memory while training goes on, where it fits")
+    checkpoint_copy: str | None = Field(None, description="directory or URL that complete checkpoints are copied to")
     log_every: PositiveInt = 10
     max_skipped: PositiveInt = Field(5, description="steps in a row with gradients that are not finite")
     timeout_s: float = Field(1800.0, gt=0, description="a rank without progress for so long has hung")
@@ -71,7 +74,7 @@ class FinetuneRecipe(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str
-    task: Annotated[DetectionConfig | ClassificationConfig | SegmentationConfig, Field(discriminator="kind")]
+    task: DetectionConfig = DetectionConfig()
     backbone: FinetuneBackbone = FinetuneBackbone()
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
     train: FinetuneTrainConfig
@@ -81,6 +84,10 @@ class FinetuneRecipe(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written into a run's recipe.yaml."""
         return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml_text(self.to_dict())
 
 
 def finetune_recipe_names() -> list[str]:

@@ -56,6 +56,11 @@ class Task(Protocol):
     metric: str
     """Name of the score that stands for the others, e.g. `box/AP`; higher is better."""
 
+    @property
+    def notes(self) -> list[str]:
+        """Lines about the data that are told once at the start, such as what was left out."""
+        ...
+
     def build(self, backbone: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> TaskModel:
         """The model around a backbone from `create_model`, weights of the rest freshly drawn.
 
@@ -67,6 +72,10 @@ class Task(Protocol):
         """One rank's micro-batch; `rng` for what mixes samples, keyed by (seed, step, micro_step); None: evaluation."""
         ...
 
-    def score(self, predictions: Mapping[int, Any], directory: Path) -> dict[str, float]:
-        """Scores {index in `evaluated`: prediction} (all of them) and writes result files into `directory`."""
+    def digest(self, index: int, prediction: Any) -> Any:
+        """What `score` needs of the prediction for sample `index` of `evaluated`: small, as all ranks' are gathered."""
+        ...
+
+    def score(self, digests: Mapping[int, Any], directory: Path) -> dict[str, float]:
+        """Scores {index in `evaluated`: digest}, of all of them, and writes result files into `directory`."""
         ...

@@ -32,6 +32,9 @@ class ViTConfig(ModelConfig):
     mlp_ratio: PositiveFloat = 4.0
     mask_token: bool = Field(False, description="a learned token that can stand in for hidden patches")
     drop_path: float = Field(0.0, ge=0, lt=1, description="of the last block, rising from 0 at the first; fine-tuning")
+    window_size: PositiveInt | None = Field(
+        None, description="tokens a side that attend to each other in `as_map`, but for four blocks; null: all do"
+    )
 
 
 class InternImageConfig(ModelConfig):

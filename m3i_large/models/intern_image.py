@@ -214,6 +214,7 @@ class InternImage(nn.Module):
     def __init__(self, config: InternImageConfig, *, num_classes: int = 0, bridge: bool = False) -> None:
         super().__init__()
         channels, depths = config.channels, config.depths
+        self.channels = channels
         self.image_size, self.grid = config.image_size, config.image_size // self.token_stride
         self.width = config.bridge_width or (1024 if channels >= 320 else 768)
         self.num_classes, self.has_pool_head = num_classes, config.head == "pool"

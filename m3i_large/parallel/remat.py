@@ -7,11 +7,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def rematerialize(blocks: Iterable[nn.Module]) -> None:
+def rematerialize(blocks: Iterable[nn.Module], *, random: bool = False) -> None:
     """Wraps each block's forward in non-reentrant checkpointing.
 
     Applied before the engine is built, so that ZeRO-3's hooks, which gather a block's parameters, run again around the
-    recomputation. Nothing random happens in a block (dropout is 0), so no generator state is saved.
+    recomputation.
+
+    `random`: something random happens in a block (drop path), so the generators' state is kept for the second pass.
     """
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=random)

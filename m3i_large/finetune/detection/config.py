@@ -1,13 +1,74 @@
-"""What a recipe says of detection."""
+"""What a recipe says of detection: where the data lie, how images are augmented, which head stands on the backbone."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 
-class DetectionConfig(BaseModel):
-    """Data, head and augmentation."""
+class DetectionPart(BaseModel):
+    """Base of the parts: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
+
+class SplitConfig(DetectionPart):
+    """One split, in COCO's format; paths below the data directory."""
+
+    annotations: str
+    images: str
+
+
+class DetectionDataConfig(DetectionPart):
+    """Both splits; the defaults are where COCO 2017 unpacks itself."""
+
+    train: SplitConfig = SplitConfig(annotations="annotations/instances_train2017.json", images="train2017")
+    evaluated: SplitConfig = SplitConfig(annotations="annotations/instances_val2017.json", images="val2017")
+    keep_empty: bool = Field(False, description="train on images without objects too")
+
+
+class AugmentConfig(DetectionPart):
+    """Large-scale jitter (arXiv 2012.07177): a random scale, then a crop or padding to a square; and flips."""
+
+    size: PositiveInt = Field(1024, multiple_of=32, description="side of the square, pixels; evaluation's longer side")
+    scale: tuple[float, float] = Field((0.1, 2.0), description="of the size at which the image would just fit")
+    flip: float = Field(0.5, ge=0, le=1, description="share of images that are mirrored")
+    min_side: float = Field(1.0, ge=0, description="objects cut to less than this, pixels a side, are not trained")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError("scale: needed: two positive numbers, the smaller one first")
+        return self
+
+
+class HeadConfig(DetectionPart):
+    """Faster R-CNN, or Mask R-CNN with `masks`, of torchvision's parts over a feature pyramid."""
+
+    masks: bool = Field(True, description="also predict masks (Mask R-CNN)")
+    width: PositiveInt = Field(256, description="channels of the pyramid and of the heads' convolutions")
+    rpn_convs: PositiveInt = Field(2, description="3x3 convolutions of the proposal network")
+    box_convs: int = Field(4, ge=0, description="3x3 convolutions of the box head before its linear layers")
+    box_width: PositiveInt = Field(
+        1024, description="of the box head's linear layers: one, or two without convolutions"
+    )
+    mask_convs: PositiveInt = 4
+    anchors: tuple[PositiveInt, ...] = Field((32, 64, 128, 256, 512), description="side by level, pixels")
+    proposals: tuple[PositiveInt, PositiveInt] = Field((1000, 1000), description="kept in training, in evaluation")
+    rpn_samples: PositiveInt = Field(256, description="anchors of an image that the proposal network learns from")
+    box_samples: PositiveInt = Field(512, description="proposals of an image that the box head learns from")
+    detections: PositiveInt = Field(100, description="most per image")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.anchors) not in (4, 5):
+            raise ValueError("anchors: needed: one side for each of strides 4, 8, 16, 32, and perhaps of 64")
+        return self
+
+
+class DetectionConfig(DetectionPart):
+    """Data, augmentation and head."""
+
     kind: Literal["detection"] = "detection"
+    data: DetectionDataConfig = DetectionDataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    head: HeadConfig = HeadConfig()
