@@ -47,8 +47,7 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS, upright: bool = Tru
     if header is None:
         raise ValueError(f"{len(data)} bytes that are no image")
     if data[:2] == JPEG:
-        image = _decode_jpeg(data, header, max_pixels)
-        return _upright(image, header.orientation) if upright else image
+        return _upright(_decode_jpeg(data, header, max_pixels), header.orientation if upright else 1)
     if header.width * header.height > max_pixels:
         raise ValueError(f"an image of {header.width} x {header.height}; needed: at most {max_pixels} pixels")
     image = None

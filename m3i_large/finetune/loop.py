@@ -215,7 +215,7 @@ class Loop:
         workers = self.recipe.train.workers
         return DataLoader(
             data,
-            sampler=numbers,  # type: ignore[arg-type]
+            sampler=numbers,
             batch_size=None,
             num_workers=workers,
             multiprocessing_context="forkserver" if workers else None,

@@ -51,10 +51,11 @@ class TaskModel(nn.Module):
 class Task(Protocol):
     """A data set, a model and its scores; built by the task's package from its own config, data directory and seed."""
 
-    train: Samples
-    evaluated: Samples
-    metric: str
-    """Name of the score that stands for the others, e.g. `box/AP`; higher is better."""
+    @property
+    def train(self) -> Samples: ...
+
+    @property
+    def evaluated(self) -> Samples: ...
 
     @property
     def notes(self) -> list[str]:

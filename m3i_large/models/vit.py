@@ -71,8 +71,9 @@ class ViT(nn.Module):
         """image_BCHW (B, 3, image_size, image_size) -> [feature map (B, D, G, G)], after the final norm.
 
         With `as_map` images of any height and width, in multiples of the patch size, give [(B, D, H / p, W / p)],
-        without the class token and with `window_size`. With `as_tokens` what `tokens` returns, with `as_logits` what `logits` returns: both are calls of the module,
-        because sharded parameters are present only inside one.
+        without the class token and with attention as `window_size` says. With `as_tokens` what `tokens` returns, with
+        `as_logits` what `logits` returns: all are calls of the module, because sharded parameters are present only
+        inside one.
         """
         if as_map:
             return [self._map(image_BCHW)]

@@ -53,8 +53,6 @@ class DetectionSamples:
 class DetectionTask:
     """COCO's format, torchvision's heads; see Task."""
 
-    metric = "box/AP"
-
     def __init__(self, config: DetectionConfig, *, data: Path) -> None:
         coco_library()
         self._config, self._masks = config, config.head.masks

@@ -10,6 +10,8 @@ import numpy as np
 
 from m3i_large.finetune.detection.config import AugmentConfig
 
+HALF = 127  # of a mask's 255
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -58,8 +60,10 @@ def resized(sample: Sample, *, size: int, factor: float) -> Sample:
     masks_MHW = None
     if sample.masks_MHW is not None:
         masks_MHW = np.zeros((len(sample.masks_MHW), new_height, new_width), bool)
+        # As the image and cut at one half: OpenCV's nearest pixel is up to half a pixel beside it.
         for mask_HW, out_HW in zip(sample.masks_MHW, masks_MHW, strict=True):
-            out_HW[:] = cv2.resize(mask_HW.view(np.uint8), (new_width, new_height), interpolation=cv2.INTER_NEAREST)
+            grey_HW = np.ascontiguousarray(mask_HW).view(np.uint8) * np.uint8(255)
+            out_HW[:] = cv2.resize(grey_HW, (new_width, new_height), interpolation=how) > HALF
     boxes_M4 = sample.boxes_M4 * np.array([x, y, x, y], np.float32)
     return replace(sample, image_HW3=image_HW3, boxes_M4=boxes_M4, masks_MHW=masks_MHW, scale=(x, y))
 
