@@ -23,7 +23,7 @@ def finetune_options(arguments: list[str], *, recipe: str) -> argparse.Namespace
     parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="recipe fields to change")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def finetune_detection(arguments: list[str]) -> int:

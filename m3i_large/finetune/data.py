@@ -1,6 +1,11 @@
-"""What worker processes make batches of: map-style data whose items are whole micro-batches."""
+"""From samples to batches, ahead of time: decoding and resizing happen in threads, as the libraries that do it release
+the interpreter's lock, and nothing needs to be sent between processes."""
 
-from typing import Any
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, Protocol
 
 from m3i_large.finetune.sampling import Order, collate_rng, in_rounds, micro_batch, sample_rng, shares
 from m3i_large.finetune.task import Samples, Task
@@ -73,3 +78,28 @@ class Evaluated:
         indices = self._rounds[number]
         samples = [self._task.evaluated.read(index, None) for index in indices]
         return indices, self._task.collate(samples, None)
+
+
+class Items(Protocol):
+    """Anything that makes item k."""
+
+    def __getitem__(self, number: int) -> Any: ...
+
+
+def ahead(items: Items, numbers: range, *, workers: int) -> Iterator[Any]:
+    """The items of these numbers in their order, made by `workers` threads before they are asked for; 0: in no thread.
+
+    An exception of one is raised in its turn.
+    """
+    if workers == 0:
+        yield from map(items.__getitem__, numbers)
+        return
+    pool, left = ThreadPoolExecutor(workers, thread_name_prefix="samples"), iter(numbers)
+    try:
+        waiting = deque(pool.submit(items.__getitem__, number) for number in islice(left, workers + 1))
+        while waiting:
+            item = waiting.popleft().result()
+            waiting.extend(pool.submit(items.__getitem__, number) for number in islice(left, 1))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from m3i_large.assembly import training_state
 from m3i_large.checkpoint import CheckpointWriter, Report
 from m3i_large.errors import DivergenceError, OutageError
-from m3i_large.finetune.data import Evaluated, Trained
+from m3i_large.finetune.data import Evaluated, Trained, ahead
 from m3i_large.finetune.recipe import FinetuneRecipe
 from m3i_large.finetune.task import Task
 from m3i_large.metrics import MetricsWriter, append_row, package_versions
@@ -73,6 +72,7 @@ class Loop:
     progress: Progress
     saver: CheckpointWriter
     reports: list[Report] = field(default_factory=list)  # what was found when the checkpoint was looked for
+    origin: Any = None  # the weights that it began with, as env.json has them
     skipped_in_a_row: int = 0
     bad: int = 0
     clock: StepClock = field(init=False)
@@ -106,6 +106,7 @@ class Loop:
         """Measures the weights as they are."""
         self._begin(step, watchdog, 0.0, event="evaluate")
         self.evaluate(step)
+        self.progress.close()
         self.writer.close()
 
     def _step(self, step: int, batches: Iterator[Any]) -> dict[str, float]:
@@ -174,7 +175,8 @@ class Loop:
         root.set_training(False)
         digests: dict[int, Any] = {}
         with torch.no_grad():
-            for indices, batch in self._loader(self.evaluated, range(len(self.evaluated))):
+            rounds = range(len(self.evaluated))
+            for indices, batch in ahead(self.evaluated, rounds, workers=self.recipe.train.workers):
                 with self.clock("evaluate"):
                     found = root(batch.to(self.rank.device), average=self.average is not None)
                 digests |= {i: self.task.digest(i, x) for i, x in zip(indices, found, strict=True)}
@@ -207,20 +209,9 @@ class Loop:
         self.saver.save(step, state=training_state(self.engine, self.average), manifest=manifest)
 
     def _batches(self, start: int) -> Iterator[Any]:
-        micro_steps = range(start * self.recipe.train.accumulation, self.steps * self.recipe.train.accumulation)
-        return iter(self._loader(self.trained, micro_steps))
-
-    def _loader(self, data: Any, numbers: range) -> DataLoader:
-        """Batches in order, made by worker processes ahead of time."""
-        workers = self.recipe.train.workers
-        return DataLoader(
-            data,
-            sampler=numbers,
-            batch_size=None,
-            num_workers=workers,
-            multiprocessing_context="forkserver" if workers else None,
-            pin_memory=False,
-        )
+        accumulation = self.recipe.train.accumulation
+        micro_steps = range(start * accumulation, self.steps * accumulation)
+        return ahead(self.trained, micro_steps, workers=self.recipe.train.workers)
 
     def _begin(self, start: int, watchdog: Watchdog, setup_s: float, *, event: str = "") -> None:
         train, run = self.recipe.train, self.directory

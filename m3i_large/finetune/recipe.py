@@ -43,7 +43,7 @@ class FinetuneTrainConfig(BaseModel):
     seed: int = Field(0, ge=0)
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="bf16: autocast over fp32 weights")
     threads: PositiveInt | None = Field(None, description="CPU threads per rank; default: cores / local ranks")
-    workers: int = Field(4, ge=0, description="processes per rank that read and transform images; 0: none")
+    workers: int = Field(4, ge=0, description="threads per rank that read and transform images; 0: none")
     activation_checkpointing: bool = True
     ema: float = Field(0.9999, ge=0, lt=1, description="momentum of the weights' average; 0: none")
     eval_batch: PositiveInt = Field(1, description="images per rank that are evaluated at once")

@@ -6,7 +6,7 @@ of an epoch and the beginning of the next.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -26,22 +26,31 @@ class Order:
 
     def __init__(self, num_samples: int, *, repeats: np.ndarray | None, seed: int) -> None:
         self.num_samples, self.repeats, self.seed = num_samples, repeats, seed
-        self.epoch = lru_cache(maxsize=2)(self._epoch)
+        self._epochs: dict[int, np.ndarray] = {}  # the two that were asked for last
+        self._lock = Lock()  # threads that make batches share it
         self._starts = [0]  # position of each epoch's first sample, as far as they are known
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         """(epoch, sample) at a position counted from the run's first sample."""
-        while self._starts[-1] <= position:
-            self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
-        epoch = int(np.searchsorted(self._starts, position, side="right")) - 1
-        return epoch, int(self.epoch(epoch)[position - self._starts[epoch]])
+        with self._lock:
+            while self._starts[-1] <= position:
+                self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
+            epoch = int(np.searchsorted(self._starts, position, side="right")) - 1
+            return epoch, int(self.epoch(epoch)[position - self._starts[epoch]])
 
     @property
     def mean_length(self) -> float:
         """Samples of an epoch, on average."""
         return float(self.num_samples if self.repeats is None else self.repeats.sum())
 
-    def _epoch(self, epoch: int) -> np.ndarray:
+    def epoch(self, epoch: int) -> np.ndarray:
+        """Samples of an epoch in their order."""
+        if epoch not in self._epochs:
+            kept = list(self._epochs.items())[-1:]
+            self._epochs = dict([*kept, (epoch, self._made(epoch))])
+        return self._epochs[epoch]
+
+    def _made(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, ORDER, epoch])
         samples = np.arange(self.num_samples)
         if self.repeats is not None:

@@ -36,6 +36,7 @@ from m3i_large.parallel.sharded_ema import ShardedEMA
 from m3i_large.parallel.watchdog import Beat, Watchdog, describe
 from m3i_large.progress import Progress
 from m3i_large.run import (
+    EXIT,
     Outcome,
     Run,
     begin,
@@ -72,12 +73,11 @@ def finetune(
     run = open_run(out, recipe, resume=resume, parse=validate_finetune)
     with failures_recorded(run):
         with stopping_at_once():
-            ready = _set_up(recipe, run, ds=ds, resume=resume, rank=rank)
-        if ready is None and not evaluate_only:
+            loop, start = _set_up(recipe, run, ds=ds, resume=resume, rank=rank)
+        if start >= loop.steps and not evaluate_only and read_exit(out).get("outcome") == "finished":
+            loop.progress.say(f"{out} is finished: {start} of {loop.steps} steps; nothing to do")
             return "finished"
-        if ready is None:
-            raise UserError(f"--evaluate: {out} is finished and measured: see {out / 'eval.jsonl'}")
-        loop, start = ready
+        _begin(loop, rank, keep_exit=evaluate_only)
         on_hang = partial(_report_hang, run)
         timeout = recipe.train.timeout_s
         watchdog = Watchdog(run.directory, rank=rank, attempt=run.attempt, timeout_s=timeout, on_hang=on_hang)
@@ -88,8 +88,8 @@ def finetune(
             return loop.run(start=start, stop=stop, watchdog=watchdog, setup_s=time.time() - began)
 
 
-def _set_up(recipe: FinetuneRecipe, run: Run, *, ds: Path, resume: str, rank: Rank) -> tuple[Loop, int] | None:
-    """From an opened run directory to the loop and its first step; None where the run is finished."""
+def _set_up(recipe: FinetuneRecipe, run: Run, *, ds: Path, resume: str, rank: Rank) -> tuple[Loop, int]:
+    """From an opened run directory, without writing into it, to the loop and its first step."""
     if recipe.data is None or not Path(recipe.data).is_dir():
         raise UserError(f"--data: got {recipe.data}, which is no directory; needed: the data set's")
     train = recipe.train
@@ -100,18 +100,9 @@ def _set_up(recipe: FinetuneRecipe, run: Run, *, ds: Path, resume: str, rank: Ra
     steps = train.steps or steps_of(order, epochs=train.epochs or 0, global_batch=train.global_batch)
     saved, found = resume_point(run, resume=resume, rank=rank)
     progress = Progress(run.directory, total=steps, enabled=rank.is_first, every=train.log_every)
-    if saved and saved.step >= steps and read_exit(run.directory).get("outcome") == "finished":
-        progress.say(f"{run.directory} is finished: {steps} of {steps} steps; nothing to do")
-        return None
     engine, average = build_engine(recipe, task, weights, ds_config, rank, fresh=saved is None)
     if saved:
         restore(saved, engine, average)
-    barrier()
-    if rank.is_first:
-        threads = torch.get_num_threads()
-        here = environment(world=rank.world, device=rank.device, precision=train.precision, threads=threads)
-        begin(run, here | _origin(recipe, weights))
-    barrier()  # from here on any rank may write exit.json
     place = (rank.rank, rank.world)
     rows = (train.global_batch, train.accumulation)
     loop = Loop(
@@ -127,8 +118,20 @@ def _set_up(recipe: FinetuneRecipe, run: Run, *, ds: Path, resume: str, rank: Ra
         progress=progress,
         saver=checkpoint_writer(run, rank),
         reports=found,
+        origin=_origin(recipe, weights),
     )
     return loop, saved.step if saved else 0
+
+
+def _begin(loop: Loop, rank: Rank, *, keep_exit: bool) -> None:
+    """Makes the directory this run's; `keep_exit`: nothing is trained, so how the training ended stays."""
+    run, precision = loop.directory, loop.recipe.train.precision
+    barrier()
+    if rank.is_first and not (keep_exit and (run.directory / EXIT).is_file()):
+        threads = torch.get_num_threads()
+        here = environment(world=rank.world, device=rank.device, precision=precision, threads=threads)
+        begin(run, here | {"weights": loop.origin})
+    barrier()  # from here on any rank may write exit.json
 
 
 def _step_sizes(recipe: FinetuneRecipe, rank: Rank) -> StepSizes:
@@ -204,10 +207,10 @@ def build_engine(
     return engine, ShardedEMA(engine, {"average": "model"}) if train.ema else None
 
 
-def _origin(recipe: FinetuneRecipe, weights: Weights | None) -> dict[str, Any]:
-    """What env.json says of the beginning."""
+def _origin(recipe: FinetuneRecipe, weights: Weights | None) -> Any:
+    """What env.json says of the weights that it began with."""
     if weights is None or recipe.backbone.init == "random":
-        return {"weights": "random"}
+        return "random"
     return {
         "weights": {"file": str(weights.path), "layout": weights.layout, "sha256": sha256(tensor_file(weights.path))}
     }

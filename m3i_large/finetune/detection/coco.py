@@ -115,9 +115,10 @@ def read_pixels(image: Image) -> np.ndarray:
     """
     try:
         data = image.path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{image.path}: {error.strerror}") from None
-    wanted, pixels_HW3 = (image.height, image.width), decode_rgb(data)
+        pixels_HW3 = decode_rgb(data)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{image.path}: {error.strerror if isinstance(error, OSError) else error}") from None
+    wanted = (image.height, image.width)
     if pixels_HW3.shape[:2] != wanted:
         upright, pixels_HW3 = pixels_HW3.shape[:2], decode_rgb(data, upright=False)
         if pixels_HW3.shape[:2] != wanted:
