@@ -10,6 +10,7 @@ REQUIREMENTS = [
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     if line.strip() and not line.startswith("#")
 ]
+DETECTION = ["pycocotools>=2.0.11", "faster-coco-eval>=1.8"]
 
 setup(
     name="m3i_large",
@@ -23,7 +24,9 @@ setup(
     packages=find_packages(include=["m3i_large", "m3i_large.*"])
     + [f"m3i_kernels{name}" for name in ["", *(f".{p}" for p in find_packages("kernels/m3i_kernels"))]],
     package_dir={"m3i_kernels": "kernels/m3i_kernels"},
-    package_data={"m3i_large": ["recipes/*.yaml", "specs/*.yaml", "studies/*.yaml", "py.typed"]},
+    package_data={
+        "m3i_large": ["recipes/*.yaml", "specs/*.yaml", "studies/*.yaml", "finetune/recipes/*.yaml", "py.typed"]
+    },
     install_requires=REQUIREMENTS,
     extras_require={
         "dev": [
@@ -34,9 +37,9 @@ setup(
             "mypy==2.4.1",
             "types-PyYAML",
             "obstore>=0.12",
+            *DETECTION,
         ],
-        "detection": ["pycocotools>=2.0.11", "faster-coco-eval>=1.8"],
-        "integrations": ["mmcv", "mmdet"],
+        "detection": DETECTION,
         "remote": ["obstore>=0.12"],
         "docs": ["mkdocs>=1.6"],
     },

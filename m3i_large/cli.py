@@ -106,13 +106,38 @@ def pretrain(arguments: list[str]) -> int:
 
 @app.command("recipes")
 def recipes() -> None:
-    """Lists the shipped recipes with their headers."""
+    """Lists the shipped recipes with their headers: of pre-training, then of fine-tuning."""
+    from m3i_large.finetune.recipe import finetune_recipe_header, finetune_recipe_names
     from m3i_large.recipe import recipe_header, recipe_names
 
+    headers = {name: recipe_header(name) for name in recipe_names()}
+    headers |= {name: finetune_recipe_header(name) for name in finetune_recipe_names()}
     console = Console(soft_wrap=True, highlight=False)
-    for name in recipe_names():
+    for name, header in headers.items():
         console.print(f"[bold]{name}[/bold]")
-        console.print("\n".join(f"  {line}" for line in recipe_header(name).splitlines()), markup=False)
+        console.print("\n".join(f"  {line}" for line in header.splitlines()), markup=False)
+
+
+@app.command("scores")
+def scores_command(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories of fine-tunings.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Sets the last evaluations of fine-tuned runs beside each other."""
+    from m3i_large.metrics import read_rows
+
+    rows = {str(run): (read_rows(run / "eval.jsonl") or [{}])[-1] for run in runs}
+    if missing := [run for run, row in rows.items() if "values" not in row]:
+        raise UserError(f"scores: {missing[0]} holds no evaluation; needed: a run of a fine-tuning launcher")
+    if as_json:
+        print(json.dumps(rows))
+        return
+    names = list(dict.fromkeys(name for row in rows.values() for name in row["values"]))
+    table = Table(Column("run", no_wrap=True), "step", *names)
+    for run, row in rows.items():
+        shown = (f"{row['values'][name]:.1%}" if name in row["values"] else "" for name in names)
+        table.add_row(run, str(row["step"]), *shown)
+    Console().print(table)
 
 
 @app.command("eval")

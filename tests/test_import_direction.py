@@ -39,6 +39,8 @@ FORBIDDEN = {
     "m3i_large/ds_file.py": ("deepspeed", "torch", "m3i_large.parallel", "m3i_large.recipe"),
     "m3i_large/recipe.py": ("deepspeed", "m3i_large.parallel", "m3i_large.train", "m3i_large.build"),
     "m3i_large/plan": ("deepspeed", "torch.distributed", "m3i_large.parallel", "m3i_large.train"),
+    "m3i_large/export": ("deepspeed", "torch.distributed", "m3i_large.build", "m3i_large.finetune", "m3i_large.train"),
+    "m3i_large/finetune/detection": ("deepspeed", "torch.distributed", "m3i_large.parallel", "m3i_large.run"),
     "m3i_large/build.py": ("deepspeed", "torch.distributed", "m3i_large.parallel"),
 }
 # modules that only these places may import

@@ -1,6 +1,6 @@
 """A detection data set in COCO's format, composed of the embedded drawings: exact boxes and masks, nothing downloaded.
 
-    <root>/{train,valid,heldout}/%06d.jpg        scenes: drawings of one style each, over a texture
+    <root>/{train,valid,heldout}/%06d.jpg        scenes: drawings of one style each, over textured paper
     <root>/annotations/instances_{train,valid,heldout}.json
     <root>/LICENSES.md, manifest.json
 
@@ -24,13 +24,16 @@ from m3i_large.errors import UserError
 
 FORMAT = 1
 LEFT_OUT = ("Component", "Flags")  # groups with one drawing or none in a split
-SCENES = {"train": 2000, "valid": 300, "heldout": 500}
-SIZE = 128  # pixels a side
-OBJECTS = (1, 5)  # of a scene
-SIDES = (0.2, 0.55)  # of an object's longer side, as a share of the scene's
+SCENES = {"train": 800, "valid": 300, "heldout": 500}
+SIZE = 96  # pixels a side
+OBJECTS = (1, 3)  # of a scene
+SIDES = (0.3, 0.65)  # of an object's longer side, as a share of the scene's
 DRAWN = 96  # pixels a side of a drawing before it is scaled
 MAX_COVERED = 0.25  # of an object, by those placed after it
 TRIES = 20
+# Backgrounds are textured paper: the embedded data set's drawings are on white.
+PAPER = 228.0  # darkest value of a channel
+GRAIN = 3.0  # largest standard deviation of what differs from pixel to pixel
 OPAQUE = 128
 JPEG_QUALITY = 95
 
@@ -184,9 +187,9 @@ def _texture(rng: np.random.Generator) -> np.ndarray:
         coarse = rng.random((cells + 1, cells + 1), dtype=np.float32)
         noise_HW += cv2.resize(coarse, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC) * float(rng.random()) / cells**0.5
     noise_HW = (noise_HW - noise_HW.min()) / max(float(np.ptp(noise_HW)), 1e-6)
-    first, second = rng.uniform(40, 255, (2, 3))
+    first, second = rng.uniform(PAPER, 255, (2, 3))
     blended_HW3 = first + (second - first) * noise_HW[..., None]
-    grain_HW3 = rng.normal(0, float(rng.uniform(0, 10)), (SIZE, SIZE, 3))
+    grain_HW3 = rng.normal(0, float(rng.uniform(0, GRAIN)), (SIZE, SIZE, 3))
     return (blended_HW3 + grain_HW3).clip(0, 255).astype(np.uint8)
 
 
