@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 SYSTEM := g++ libaio-dev
 
-.PHONY: demo study test test-system system-packages proof-1b lint bench soak gpu-check clean
+.PHONY: demo demo-detection detect-student detect-target detect-random study test test-system system-packages proof-1b lint bench soak gpu-check clean
 
 $(STAMP): setup.py requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +18,24 @@ demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launchers/pretrain.py --ds ds_configs/zero3.json
 	$(BIN)/m3i eval retrieval,zeroshot,categories,styles runs/demo --data data/demo/heldout
 	$(BIN)/m3i report runs/demo
+
+## From the demo's checkpoint to detection: student, target and the same network untrained, with the same budget.
+DETECT := $(BIN)/python launchers/finetune_detection.py --data data/demo_detection --recipe demo_detection train.threads=1
+demo-detection: $(STAMP)
+	test -f runs/demo/exit.json || $(MAKE) demo
+	$(BIN)/m3i data demo-detection
+	$(BIN)/m3i export runs/demo --to safetensors --branch student --force --out runs/demo/student.safetensors
+	$(BIN)/m3i export runs/demo --to safetensors --branch target --force --out runs/demo/target.safetensors
+	$(BIN)/m3i verify runs/demo/student.safetensors --for safetensors
+	$(BIN)/m3i verify runs/demo/target.safetensors --for safetensors
+	$(MAKE) -j 2 detect-student detect-target detect-random
+	$(BIN)/m3i scores runs/demo_detection/student runs/demo_detection/target runs/demo_detection/random
+
+detect-student detect-target: detect-%:
+	$(DETECT) --weights runs/demo/$*.safetensors --out runs/demo_detection/$*
+
+detect-random:
+	$(DETECT) --weights runs/demo/student.safetensors backbone.init=random --out runs/demo_detection/random
 
 ## The tests of the README; under 15 minutes on two cores, no compiler, no GPU. One thread in each of the two workers.
 test: $(STAMP)

@@ -25,9 +25,6 @@ class Trained:
         self._task, self._order, self._seed = task, order, seed
         self._rows, self._place = rows, place
 
-    def __len__(self) -> int:
-        raise TypeError("a run's micro-steps are given by its loop")
-
     def __getitem__(self, number: int) -> tuple[Any, list[str]]:
         global_batch, accumulation = self._rows
         rank, world = self._place

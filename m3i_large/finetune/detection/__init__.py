@@ -1,1 +1,1 @@
-"""Fine-tuning for detection."""
+"""Detection and instance segmentation in COCO's format."""
