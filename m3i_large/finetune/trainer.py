@@ -211,9 +211,7 @@ def _origin(recipe: FinetuneRecipe, weights: Weights | None) -> Any:
     """What env.json says of the weights that it began with."""
     if weights is None or recipe.backbone.init == "random":
         return "random"
-    return {
-        "weights": {"file": str(weights.path), "layout": weights.layout, "sha256": sha256(tensor_file(weights.path))}
-    }
+    return {"file": str(weights.path), "layout": weights.layout, "sha256": sha256(tensor_file(weights.path))}
 
 
 def _report_hang(run: Run, behind: list[Beat]) -> None:

@@ -139,8 +139,10 @@ def assert_same(got: tuple[dict, dict], wanted: tuple[dict, dict], where: str) -
             got[1][name], grad, rtol=2e-5, atol=atol, msg=lambda m, name=name: f"{where}, {name}: {m}"
         )
     for key, value in wanted[0].items():
+        # An effective rank is the exponential of a sum over eigenvalues, most of which are rounding here.
+        rtol = 1e-3 if key.endswith("rank") else 1e-4
         torch.testing.assert_close(
-            got[0][key], value, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{where}, {key}: {m}"
+            got[0][key], value, rtol=rtol, atol=1e-6, msg=lambda m, key=key: f"{where}, {key}: {m}"
         )
 
 
