@@ -77,3 +77,45 @@ HEAD: dict[str, Any] = {
     "box_samples": 32,
     "detections": 10,
 }
+
+
+FREQUENCIES = {11: "r", 12: "c", 13: "f", 14: "f", 15: "r"}
+
+
+def write_lvis(root: Path, name: str, number: int, *, first: int = 0) -> dict[str, Any]:
+    """The same scenes as LVIS has them, in five categories: <name>2017/*.png and annotations/lvis_<name>.json."""
+    rng = np.random.default_rng(first)
+    content: dict[str, Any] = {"images": [], "annotations": []}
+    content["categories"] = [{"id": k, "name": f"thing {k}", "frequency": f} for k, f in FREQUENCIES.items()]
+    (root / f"{name}2017").mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    for index in range(number):
+        image, objects = scene(first + index)
+        file = f"{name}2017/{index:012d}.png"
+        cv2.imwrite(str(root / file), image[..., ::-1])
+        shown = {int(k) for k in rng.choice(list(FREQUENCIES), 2, replace=False)}
+        absent = sorted(set(FREQUENCIES) - shown)
+        content["images"].append(
+            {
+                "id": 100 + index,
+                "coco_url": f"http://images.example.org/{file}",
+                "height": image.shape[0],
+                "width": image.shape[1],
+                "neg_category_ids": [int(k) for k in absent[:2]],
+                "not_exhaustive_category_ids": [min(shown)] if index % 3 == 0 else [],
+            }
+        )
+        for row in objects:
+            own = {"id": len(content["annotations"]) + 1, "image_id": 100 + index}
+            kept = {k: row[k] for k in ("bbox", "area", "segmentation")}  # LVIS has no crowds
+            content["annotations"].append(own | kept | {"category_id": int(rng.choice(sorted(shown)))})
+    (root / "annotations" / f"lvis_{name}.json").write_text(json.dumps(content))
+    return content
+
+
+LVIS_DATA = {
+    "format": "lvis",
+    "repeat_threshold": 0.5,
+    "train": {"annotations": "annotations/lvis_train.json", "images": "."},
+    "evaluated": {"annotations": "annotations/lvis_val.json", "images": "."},
+}

@@ -1,8 +1,11 @@
 """Fine-tuning through its launcher: exact continuation, more ranks, the average, everything that is refused."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,10 @@ from m3i_large.checkpoint import Checkpoint, find_checkpoint
 from m3i_large.cli_finetune import finetune_detection
 from m3i_large.errors import UserError
 from m3i_large.export import export
+from m3i_large.finetune.detection.rcnn import RCNN
 from m3i_large.finetune.recipe import RECIPES, finetune_recipe_header, finetune_recipe_names, load_finetune_recipe
 from m3i_large.metrics import read_metrics, read_rows
+from m3i_large.models import create_model
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = str(ROOT / "launchers/finetune_detection.py")
@@ -284,6 +289,40 @@ def test_every_recipe_reads_and_has_its_header(name: str) -> None:
     header = finetune_recipe_header(name)
     assert recipe.name == name and len((RECIPES / f"{name}.yaml").read_text().splitlines()) <= 60
     assert "Reproduces:" in header and "Run:" in header and f"--recipe {name}" in header
+    if said := re.search(r"Parameters: ([\d.]+) M trained", header):
+        weights = {"ft_coco_internimage_h": "internimage_h"}.get(name, "vit_b16")
+        images_C = torch.ones({"coco": 80, "lvis": 1203}[recipe.task.data.format])
+        with torch.device("meta"):
+            backbone = create_model(weights, **recipe.backbone.arch)
+            model = RCNN(backbone, recipe.task.head, images_C=images_C, mean=(0.5,) * 3, std=(0.25,) * 3)
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(float(said[1]), abs=0.05)
+    else:
+        assert name == "demo_detection"
+
+
+@pytest.mark.slow
+def test_lvis_trains_continues_and_is_scored_by_its_rules(given: Path, tmp_path: Path) -> None:
+    coco_files.write_lvis(tmp_path / "data", "train", 9)
+    coco_files.write_lvis(tmp_path / "data", "val", 5, first=1000)
+    values = yaml.safe_load((given / "recipe.yaml").read_text())
+    values["task"]["data"] = coco_files.LVIS_DATA
+    values["task"]["head"] |= {"classifier": "federated", "federated_categories": 3, "min_score": 0.001}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    shutil.copy(given / "weights.safetensors", tmp_path)
+    shutil.copy(given / "weights.safetensors.json", tmp_path)
+    done = finetune(tmp_path, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    (scored,) = read_rows(tmp_path / "run/eval.jsonl")
+    assert {"box/AP", "box/APr", "box/APc", "box/APf", "mask/APr"} <= scored["values"].keys()
+    rows = json.loads((tmp_path / "run/results/step_00000006/results_segm.json").read_text())
+    assert {row["category_id"] for row in rows} <= set(coco_files.FREQUENCIES)
+    assert max(Counter(row["image_id"] for row in rows).values()) <= 10
+    # Draws of categories are a step's own: what continues from step 3 ends as the whole run.
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000006")
+    again = finetune(tmp_path, tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    rows = [row["loss"] for row in read_rows(tmp_path / "run/metrics.jsonl") if "loss" in row]
+    assert len(rows) == 9 and rows[3:6] == rows[6:]
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

@@ -34,7 +34,7 @@ def backbone(kind: str = "vit") -> Any:
 
 def detector(kind: str = "vit", **more: Any) -> RCNN:
     config = HeadConfig(**(coco_files.HEAD | more))
-    return RCNN(backbone(kind), config, num_classes=CLASSES, mean=MEAN, std=STD)
+    return RCNN(backbone(kind), config, images_C=torch.ones(CLASSES), mean=MEAN, std=STD)
 
 
 def batch(*, masks: bool = False, empty: bool = False) -> DetectionBatch:

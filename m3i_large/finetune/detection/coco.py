@@ -20,6 +20,12 @@ REQUIRED = {
     "annotations": ("id", "image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
+LVIS_REQUIRED = {
+    "images": ("id", "coco_url", "height", "width", "neg_category_ids", "not_exhaustive_category_ids"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name", "frequency"),
+}
+FREQUENCIES = ("r", "c", "f")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,7 @@ class CocoSplit:
 
     Attributes:
         path: the file.
-        categories: (id, name), in the order of the ids; a label is a position here.
+        categories: (id, name), in the order of the ids; a label is a position here (C of them).
         left_out: how many objects or images were left out, by reason.
     """
 
@@ -56,8 +62,20 @@ class CocoSplit:
     categories: list[tuple[int, str]]
     left_out: dict[str, int]
 
+    def images_C(self) -> np.ndarray:
+        """int64, number of images that show each category."""
+        shown = [np.unique(image.labels_M) for image in self.images]
+        return np.bincount(np.concatenate(shown), minlength=len(self.categories))
 
-def read_coco(path: Path, images: Path, *, masks: bool, keep_empty: bool) -> CocoSplit:
+    def repeats(self, threshold: float) -> np.ndarray:
+        """Repeat factor of every image (LVIS, arXiv 1908.03195): max(1, sqrt(threshold / f)) of its rarest
+        category, f the share of images that show it."""
+        share_C = np.maximum(self.images_C(), 1) / len(self.images)
+        factor_C = np.maximum(1.0, np.sqrt(threshold / share_C))
+        return np.array([factor_C[image.labels_M].max(initial=1.0) for image in self.images])
+
+
+def read_coco(path: Path, images: Path, *, masks: bool, keep_empty: bool, lvis: bool = False) -> CocoSplit:
     """Reads a file of annotations.
 
     Crowds (`iscrowd`) are left out, boxes are clipped to their image, and what has no area left is left out.
@@ -66,12 +84,16 @@ def read_coco(path: Path, images: Path, *, masks: bool, keep_empty: bool) -> Coc
         images: directory of the image files.
         masks: objects without a segmentation are left out too.
         keep_empty: keep images on which nothing is left.
+        lvis: LVIS v1's files, whose images are those of COCO: <images>/train2017/000000000001.jpg.
 
     Raises:
         UserError: no such file or directory, no JSON, a key that is missing, an id twice, an object of an unknown
             image or category, sizes that are no numbers, nothing to use.
     """
-    content = _content(path)
+    content = _content(path, LVIS_REQUIRED if lvis else REQUIRED)
+    for row in content["categories"] if lvis else ():
+        if row["frequency"] not in FREQUENCIES:
+            raise UserError(f"{path}: category {row['id']} has frequency {row['frequency']!r}; needed: r, c or f")
     if not images.is_dir():
         raise UserError(f"--data: got {images}, which is no directory; needed: the images of {path.name}")
     categories = sorted((int(row["id"]), str(row["name"])) for row in content["categories"])
@@ -149,14 +171,14 @@ def object_mask(segmentation: Any, *, height: int, width: int) -> np.ndarray:
     return mask_HW
 
 
-def _content(path: Path) -> dict[str, list[dict[str, Any]]]:
+def _content(path: Path, required: dict[str, tuple[str, ...]]) -> dict[str, list[dict[str, Any]]]:
     if not path.is_file():
         raise UserError(f"--data: {path} does not exist; needed: annotations in COCO's format")
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}); needed: annotations in COCO's format") from None
-    for part, keys in REQUIRED.items():
+    for part, keys in required.items():
         rows = content.get(part) if isinstance(content, dict) else None
         if not isinstance(rows, list):
             raise UserError(f"{path} has no list `{part}`; needed: annotations in COCO's format")
@@ -197,7 +219,7 @@ def _box(row: dict[str, Any], image: dict[str, Any], *, masks: bool) -> tuple[np
 def _image(number: Any, row: dict[str, Any], objects: list[tuple[np.ndarray, int, Any]], images: Path) -> Image:
     return Image(
         id=number,
-        path=images / str(row["file_name"]),
+        path=images / (row["file_name"] if "file_name" in row else "/".join(row["coco_url"].split("/")[-2:])),
         height=int(row["height"]),
         width=int(row["width"]),
         boxes_M4=np.stack([box for box, _, _ in objects]) if objects else np.zeros((0, 4), np.float32),

@@ -23,7 +23,11 @@ class DetectionDataConfig(DetectionPart):
 
     train: SplitConfig = SplitConfig(annotations="annotations/instances_train2017.json", images="train2017")
     evaluated: SplitConfig = SplitConfig(annotations="annotations/instances_val2017.json", images="val2017")
+    format: Literal["coco", "lvis"] = Field("coco", description="of the files, and so how detections are scored")
     keep_empty: bool = Field(False, description="train on images without objects too")
+    repeat_threshold: float | None = Field(
+        None, gt=0, le=1, description="images are repeated for categories that a smaller share of them shows (LVIS)"
+    )
 
 
 class AugmentConfig(DetectionPart):
@@ -53,10 +57,13 @@ class HeadConfig(DetectionPart):
     )
     mask_convs: PositiveInt = 4
     anchors: tuple[PositiveInt, ...] = Field((32, 64, 128, 256, 512), description="side by level, pixels")
+    classifier: Literal["softmax", "federated"] = Field("softmax", description="federated: sigmoids, for long tails")
+    federated_categories: PositiveInt = Field(50, description="that enter a micro-step's federated loss")
     proposals: tuple[PositiveInt, PositiveInt] = Field((1000, 1000), description="kept in training, in evaluation")
     rpn_samples: PositiveInt = Field(256, description="anchors of an image that the proposal network learns from")
     box_samples: PositiveInt = Field(512, description="proposals of an image that the box head learns from")
     detections: PositiveInt = Field(100, description="most per image")
+    min_score: float = Field(0.05, ge=0, lt=1, description="of a detection")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

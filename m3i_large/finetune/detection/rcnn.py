@@ -8,6 +8,7 @@ Legend: B images, C channels, H W pixels, M objects, K detections.
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from m3i_large.finetune.backbones import LEVELS, backbone_maps, build_pyramid
 from m3i_large.finetune.detection.batch import DetectionBatch, Detections
 from m3i_large.finetune.detection.config import HeadConfig
+from m3i_large.finetune.detection.federated import FederatedHeads
 from m3i_large.finetune.task import TaskModel
 
 ASPECTS = (0.5, 1.0, 2.0)
@@ -38,7 +40,7 @@ class RCNN(TaskModel):
     Args:
         backbone: from create_model; images of any size in multiples of 32 must suit it.
         config: the head.
-        num_classes: without the background.
+        images_C: number of training images that show each of the C categories.
         mean, std: of the pixels (0 to 1, RGB) that the backbone was trained on.
     """
 
@@ -46,13 +48,13 @@ class RCNN(TaskModel):
     std_3: Tensor
 
     def __init__(
-        self, backbone: nn.Module, config: HeadConfig, *, num_classes: int, mean: Sequence[float], std: Sequence[float]
+        self, backbone: nn.Module, config: HeadConfig, *, images_C: Tensor, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.pyramid = build_pyramid(backbone, out=config.width)
         self.rpn = _proposals(config)
-        self.heads = _heads(config, num_classes)
+        self.heads = _heads(config, images_C)
         self.has_top = len(config.anchors) > len(LEVELS)
         # Not persistent: constants of the data, which a checkpoint's recipe and weights file hold already.
         self.register_buffer("mean_3", torch.tensor(mean) * 255, persistent=False)
@@ -116,31 +118,34 @@ def _proposals(config: HeadConfig) -> nn.Module:
     )
 
 
-def _heads(config: HeadConfig, num_classes: int) -> nn.Module:
-    grid, width = (BOX_GRID, BOX_GRID), config.width
+def _heads(config: HeadConfig, images_C: Tensor) -> nn.Module:
+    grid, width, outputs = (BOX_GRID, BOX_GRID), config.width, len(images_C) + 1  # the background comes first
     box_head: nn.Module = TwoMLPHead(width * BOX_GRID**2, config.box_width)
     if config.box_convs:
         box_head = FastRCNNConvFCHead(
             (width, *grid), [width] * config.box_convs, [config.box_width], norm_layer=LayerNorm2d
         )
-    masks: dict[str, Any] = {}
+    more: dict[str, Any] = {}
     if config.masks:
-        masks["mask_roi_pool"] = MultiScaleRoIAlign(list(LEVELS), MASK_GRID, 2)
-        masks["mask_head"] = MaskRCNNHeads(width, [width] * config.mask_convs, 1, norm_layer=LayerNorm2d)
-        masks["mask_predictor"] = _in_fp32(MaskRCNNPredictor(width, width, num_classes + 1))
-    return RoIHeads(
+        more["mask_roi_pool"] = MultiScaleRoIAlign(list(LEVELS), MASK_GRID, 2)
+        more["mask_head"] = MaskRCNNHeads(width, [width] * config.mask_convs, 1, norm_layer=LayerNorm2d)
+        more["mask_predictor"] = _in_fp32(MaskRCNNPredictor(width, width, outputs))
+    kind = RoIHeads
+    if config.classifier == "federated":
+        kind = partial(FederatedHeads, images_C=images_C, num_categories=config.federated_categories)
+    return kind(
         MultiScaleRoIAlign(list(LEVELS), BOX_GRID, 2),
         box_head,
-        _in_fp32(FastRCNNPredictor(config.box_width, num_classes + 1)),
+        _in_fp32(FastRCNNPredictor(config.box_width, outputs)),
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
         batch_size_per_image=config.box_samples,
         positive_fraction=0.25,
         bbox_reg_weights=None,
-        score_thresh=0.05,
+        score_thresh=config.min_score,
         nms_thresh=0.5,
         detections_per_img=config.detections,
-        **masks,
+        **more,
     )
 
 

@@ -1,4 +1,4 @@
-"""Average precision of COCO, and the result files that its server takes.
+"""Average precision of COCO and of LVIS, and the result files that their servers take.
 
 Legend: K detections of an image, H W pixels.
 """
@@ -18,7 +18,16 @@ from m3i_large.finetune.detection.coco import CocoSplit, Image
 
 FILES = {"bbox": "results_bbox.json", "segm": "results_segm.json"}
 PREFIX = {"bbox": "box", "segm": "mask"}
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six figures of COCO's summary, in their order
+# Figures and their names in the library.
+FIGURES = {
+    "AP": "AP_all",
+    "AP50": "AP_50",
+    "AP75": "AP_75",
+    "APs": "AP_small",
+    "APm": "AP_medium",
+    "APl": "AP_large",
+}
+LVIS_FIGURES = FIGURES | {name: name for name in ("APr", "APc", "APf")}  # of rare, common and frequent categories
 
 
 def server_rows(
@@ -51,39 +60,53 @@ def server_rows(
 
 
 def score_coco(
-    split: CocoSplit, rows: Sequence[Mapping[str, Any]], directory: Path, *, masks: bool, detections: int
+    split: CocoSplit,
+    rows: Sequence[Mapping[str, Any]],
+    directory: Path,
+    *,
+    masks: bool,
+    detections: int,
+    lvis: bool = False,
 ) -> dict[str, float]:
     """Writes the result files into `directory` and scores them: `box/AP`, `box/AP50`, ..., `mask/AP`, ...; fractions.
 
-    A figure of a size of which the file has no object is left out.
+    A figure of a size or frequency of which the file has no object is left out.
 
     Args:
         split: what was evaluated; images that were left out of it do not count.
         rows: of `server_rows`, of all its images.
         detections: most per image that count.
+        lvis: by the rules of LVIS (arXiv 1908.03195): a detection counts where its category is known to be in the image
+            or known not to be, and one without an object is no mistake where not all objects are annotated; figures of
+            the rare, common and frequent categories too.
     """
     directory.mkdir(parents=True, exist_ok=True)
     values: dict[str, float] = {}
     for kind in FILES if masks else ["bbox"]:
         own = [{k: v for k, v in row.items() if kind == "segm" or k != "segmentation"} for row in rows]
         (directory / FILES[kind]).write_text(json.dumps(own), encoding="utf-8")
-        for name, value in zip(FIGURES, _summary(split, own, kind, detections), strict=True):
+        for name, value in _summary(split, own, kind, detections, lvis=lvis).items():
             if value >= 0:
                 values[f"{PREFIX[kind]}/{name}"] = float(value)
     return values
 
 
-def _summary(split: CocoSplit, rows: Sequence[dict[str, Any]], kind: str, detections: int) -> Sequence[float]:
-    """COCO's first six figures; -1 where there is nothing to find."""
-    library = coco_library()
+def _summary(
+    split: CocoSplit, rows: Sequence[dict[str, Any]], kind: str, detections: int, *, lvis: bool
+) -> dict[str, float]:
+    """The figures; -1 where there is nothing to find."""
+    library, figures = coco_library(), LVIS_FIGURES if lvis else FIGURES
     truth = library.COCO(_truth(split))
     if not rows:
-        return [0.0] * len(FIGURES)
-    judged = library.COCOeval_faster(truth, truth.loadRes(list(rows)), kind, print_function=lambda *_: None)
+        return dict.fromkeys(figures, 0.0)
+    judged = library.COCOeval_faster(
+        truth, truth.loadRes(list(rows)), kind, print_function=lambda *_: None, lvis_style=lvis
+    )
     judged.params.imgIds = [image.id for image in split.images]
-    judged.params.maxDets = [1, 10, max(detections, 100)]
+    judged.params.maxDets = [detections] if lvis else [1, 10, max(detections, 100)]
     judged.run()
-    return judged.stats[: len(FIGURES)]
+    found = judged.stats_as_dict
+    return {name: float(found[own]) for name, own in figures.items()}
 
 
 def _truth(split: CocoSplit) -> dict[str, Any]:

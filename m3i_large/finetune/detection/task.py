@@ -24,10 +24,16 @@ MULTIPLE = 32  # of a batch's height and width: the coarsest stride
 
 
 class DetectionSamples:
-    """One split, read and transformed image by image."""
+    """One split, read and transformed image by image.
 
-    def __init__(self, split: CocoSplit, config: AugmentConfig, *, masks: bool) -> None:
-        self.split, self._config, self._masks = split, config, masks
+    Args:
+        repeat_threshold: see CocoSplit.repeats; None: every image once an epoch.
+    """
+
+    def __init__(
+        self, split: CocoSplit, config: AugmentConfig, *, masks: bool, repeat_threshold: float | None = None
+    ) -> None:
+        self.split, self._config, self._masks, self._threshold = split, config, masks, repeat_threshold
 
     def __len__(self) -> int:
         return len(self.split.images)
@@ -46,16 +52,17 @@ class DetectionSamples:
         return fitted(sample, self._config) if rng is None else augmented(sample, self._config, rng)
 
     def repeats(self) -> np.ndarray | None:
-        """Every image once an epoch."""
-        return None
+        """See Samples."""
+        return None if self._threshold is None else self.split.repeats(self._threshold)
 
 
 class DetectionTask:
-    """COCO's format, torchvision's heads; see Task."""
+    """COCO's and LVIS's format, torchvision's heads; see Task."""
 
     def __init__(self, config: DetectionConfig, *, data: Path) -> None:
         coco_library()
         self._config, self._masks = config, config.head.masks
+        self._lvis = config.data.format == "lvis"
         self.train = self._samples(config.data.train, data, keep_empty=config.data.keep_empty)
         # Evaluated is every image: a detection where there is nothing is a mistake too.
         self.evaluated = self._samples(config.data.evaluated, data, keep_empty=True)
@@ -65,8 +72,10 @@ class DetectionTask:
             raise UserError(f"--data: the splits differ in category {odd}; needed: the same categories in both")
 
     def _samples(self, split: SplitConfig, data: Path, *, keep_empty: bool) -> DetectionSamples:
-        found = read_coco(data / split.annotations, data / split.images, masks=self._masks, keep_empty=keep_empty)
-        return DetectionSamples(found, self._config.augment, masks=self._masks)
+        where = {"masks": self._masks, "keep_empty": keep_empty, "lvis": self._lvis}
+        found = read_coco(data / split.annotations, data / split.images, **where)
+        threshold = self._config.data.repeat_threshold
+        return DetectionSamples(found, self._config.augment, masks=self._masks, repeat_threshold=threshold)
 
     @property
     def notes(self) -> list[str]:
@@ -76,8 +85,8 @@ class DetectionTask:
 
     def build(self, backbone: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> TaskModel:
         """See Task."""
-        classes = len(self.train.split.categories)
-        return RCNN(backbone, self._config.head, num_classes=classes, mean=mean, std=std)
+        images_C = torch.from_numpy(self.train.split.images_C())
+        return RCNN(backbone, self._config.head, images_C=images_C, mean=mean, std=std)
 
     def collate(self, samples: Sequence[Sample], rng: np.random.Generator | None) -> DetectionBatch:
         """See Task; in training all batches are as large as the square, as accelerators like it."""
@@ -102,7 +111,8 @@ class DetectionTask:
         """See Task."""
         rows = [row for _, found in sorted(digests.items()) for row in found]
         detections = self._config.head.detections
-        return score_coco(self.evaluated.split, rows, directory, masks=self._masks, detections=detections)
+        split = self.evaluated.split
+        return score_coco(split, rows, directory, masks=self._masks, detections=detections, lvis=self._lvis)
 
     def _scale(self, index: int) -> tuple[float, float]:
         """Pixels of the evaluated image per pixel of the file: what `fitted` does to it."""
