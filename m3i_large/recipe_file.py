@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
 from m3i_large.errors import UserError
 
@@ -136,23 +136,37 @@ def _nearest(name: str, known: list[str]) -> str:
 def one_line(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem of values that should have been a `model`."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "values"
+    parts, _ = _follow(first["loc"], model)
+    where = ".".join(parts) or "values"
     got = first.get("input")
     if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1], model)
-        return f"{where}: unknown key{_nearest(str(first['loc'][-1]), known)}; needed: one of {', '.join(known)}"
+        _, parent = _follow(first["loc"][:-1], model)
+        known = sorted(getattr(parent, "model_fields", {}))
+        return f"{where}: unknown key{_nearest(parts[-1], known)}; needed: one of {', '.join(known)}"
     message = first["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(got, dict | list | BaseModel) or first["type"] == "missing" else f" (got {got!r})"
     return f"{where}: {message}{shown}"
 
 
-def _fields_at(location: tuple[int | str, ...], model: Any) -> list[str]:
+def _follow(location: tuple[int | str, ...], model: Any) -> tuple[list[str], Any]:
+    """The location as a user writes it, without the tags of unions, and the model that is there."""
+    shown: list[str] = []
+    annotation = model
     for part in location:
-        if isinstance(part, int):
+        tagged = {
+            tag.tag: option
+            for option in getattr(annotation, "__args__", ())
+            for tag in getattr(option, "__metadata__", ())
+            if isinstance(tag, Tag)
+        }
+        if part in tagged:
+            annotation = tagged[part]
             continue
-        field = getattr(model, "model_fields", {}).get(part)
-        model = _model_in(field.annotation) if field else None
-    return sorted(getattr(model, "model_fields", {}))
+        shown.append(str(part))
+        if not isinstance(part, int):
+            field = getattr(_model_in(annotation), "model_fields", {}).get(part)
+            annotation = field.annotation if field else None
+    return shown, _model_in(annotation)
 
 
 def _model_in(annotation: Any) -> Any:

@@ -27,16 +27,17 @@ class SimplePyramid(nn.Module):
         width: D of the map.
         stride: of the map, 4 to 32 and a power of two.
         out: channels of every level.
+        levels: strides of the levels.
     """
 
-    def __init__(self, width: int, *, stride: int, out: int) -> None:
+    def __init__(self, width: int, *, stride: int, out: int, levels: Sequence[int] = STRIDES) -> None:
         super().__init__()
         if stride not in STRIDES:
             raise UserError(f"backbone.arch.patch_size: got {stride}; needed: one of {STRIDES} for a feature pyramid")
-        self.levels = nn.ModuleList(_level(width, round(math.log2(stride / level)), out) for level in STRIDES)
+        self.levels = nn.ModuleList(_level(width, round(math.log2(stride / level)), out) for level in levels)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """[(B, D, H, W)] -> four maps (B, out, ...), finest first."""
+        """[(B, D, H, W)] -> a map (B, out, ...) for each level, finest first."""
         return [level(maps[0]) for level in self.levels]
 
 

@@ -1,6 +1,7 @@
 """Fine-tuning through its launcher: exact continuation, more ranks, the average, everything that is refused."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from m3i_large.checkpoint import Checkpoint, find_checkpoint
 from m3i_large.cli_finetune import finetune_detection
 from m3i_large.errors import UserError
 from m3i_large.export import export
+from m3i_large.finetune.detection.config import RcnnConfig
+from m3i_large.finetune.detection.detr import Detr
 from m3i_large.finetune.detection.rcnn import RCNN
 from m3i_large.finetune.recipe import RECIPES, finetune_recipe_header, finetune_recipe_names, load_finetune_recipe
 from m3i_large.metrics import read_metrics, read_rows
@@ -290,11 +293,12 @@ def test_every_recipe_reads_and_has_its_header(name: str) -> None:
     assert recipe.name == name and len((RECIPES / f"{name}.yaml").read_text().splitlines()) <= 60
     assert "Reproduces:" in header and "Run:" in header and f"--recipe {name}" in header
     if said := re.search(r"Parameters: ([\d.]+) M trained", header):
-        weights = {"ft_coco_internimage_h": "internimage_h"}.get(name, "vit_b16")
+        weights = "internimage_h" if name.endswith("internimage_h") else "vit_b16"
         images_C = torch.ones({"coco": 80, "lvis": 1203}[recipe.task.data.format])
         with torch.device("meta"):
             backbone = create_model(weights, **recipe.backbone.arch)
-            model = RCNN(backbone, recipe.task.head, images_C=images_C, mean=(0.5,) * 3, std=(0.25,) * 3)
+            detector = RCNN if isinstance(recipe.task.head, RcnnConfig) else Detr
+            model = detector(backbone, recipe.task.head, images_C=images_C, mean=(0.5,) * 3, std=(0.25,) * 3)
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(float(said[1]), abs=0.05)
     else:
         assert name == "demo_detection"
@@ -317,12 +321,34 @@ def test_lvis_trains_continues_and_is_scored_by_its_rules(given: Path, tmp_path:
     rows = json.loads((tmp_path / "run/results/step_00000006/results_segm.json").read_text())
     assert {row["category_id"] for row in rows} <= set(coco_files.FREQUENCIES)
     assert max(Counter(row["image_id"] for row in rows).values()) <= 10
-    # Draws of categories are a step's own: what continues from step 3 ends as the whole run.
-    shutil.rmtree(tmp_path / "run/checkpoints/step_00000006")
-    again = finetune(tmp_path, tmp_path / "run")
+    assert_continues(tmp_path, tmp_path / "run")
+
+
+def assert_continues(given: Path, run: Path, *more: str) -> None:
+    """Every draw is a step's own: what continues from step 3 ends as the whole run of 6."""
+    shutil.rmtree(run / "checkpoints/step_00000006")
+    again = finetune(given, run, *more)
     assert again.returncode == 0, again.stderr
-    rows = [row["loss"] for row in read_rows(tmp_path / "run/metrics.jsonl") if "loss" in row]
+    rows = [row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row]
     assert len(rows) == 9 and rows[3:6] == rows[6:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rt_detr_v2", "d_fine"])
+def test_a_detector_of_transformers_trains_continues_and_is_sharded(given: Path, tmp_path: Path, kind: str) -> None:
+    head = "width: 32, heads: 2, feedforward: 64, decoder_layers: 2, queries: 20, denoising: 10, detections: 10"
+    more = [f"task.head={{kind: {kind}, {head}}}"]
+    done = finetune(given, tmp_path / "run", *more)
+    assert done.returncode == 0, done.stderr
+    assert {"loss/vfl", "loss/bbox", "loss/giou"} <= read_metrics(tmp_path / "run")[0].keys()
+    (scored,) = read_rows(tmp_path / "run/eval.jsonl")
+    assert "box/AP" in scored["values"] and "mask/AP" not in scored["values"]
+    assert_continues(given, tmp_path / "run", *more)
+    if kind == "rt_detr_v2":
+        more += ["train.precision=bf16", "--ds", str(ROOT / "ds_configs/zero3.json")]
+        done = finetune(given, tmp_path / "two", *more, ranks=2)
+        assert done.returncode == 0, done.stderr
+        assert all(math.isfinite(loss) for loss in losses(tmp_path / "two"))
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

@@ -198,13 +198,13 @@ def test_a_category_without_objects_counts_for_no_figure(given: tuple[Path, dict
 
 def test_a_detector_of_sigmoids_begins_at_the_prior_and_keeps_no_graph() -> None:
     from m3i_large.finetune.detection.batch import DetectionBatch, Target
-    from m3i_large.finetune.detection.config import HeadConfig
+    from m3i_large.finetune.detection.config import RcnnConfig
     from m3i_large.finetune.detection.rcnn import RCNN
     from m3i_large.models import create_model
 
     torch.manual_seed(0)
     backbone = create_model("vit", image_size=32, patch_size=8, width=16, depth=1, heads=2)
-    head = HeadConfig.model_validate(
+    head = RcnnConfig.model_validate(
         coco_files.HEAD | {"classifier": "federated", "federated_categories": 3, "min_score": 0.0, "detections": 7}
     )
     images_C = torch.tensor([100.0, 1, 9, 4])

@@ -16,7 +16,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from m3i_large.finetune.backbones import backbone_maps, build_pyramid
 from m3i_large.finetune.detection.batch import DetectionBatch, Target
-from m3i_large.finetune.detection.config import HeadConfig
+from m3i_large.finetune.detection.config import RcnnConfig
 from m3i_large.finetune.detection.rcnn import RCNN, LayerNorm2d
 from m3i_large.models import create_model
 
@@ -33,7 +33,7 @@ def backbone(kind: str = "vit") -> Any:
 
 
 def detector(kind: str = "vit", **more: Any) -> RCNN:
-    config = HeadConfig(**(coco_files.HEAD | more))
+    config = RcnnConfig(**(coco_files.HEAD | more))
     return RCNN(backbone(kind), config, images_C=torch.ones(CLASSES), mean=MEAN, std=STD)
 
 

@@ -1,8 +1,8 @@
 """What a recipe says of detection: where the data lie, how images are augmented, which head stands on the backbone."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
 
 
 class DetectionPart(BaseModel):
@@ -45,9 +45,10 @@ class AugmentConfig(DetectionPart):
         return self
 
 
-class HeadConfig(DetectionPart):
+class RcnnConfig(DetectionPart):
     """Faster R-CNN, or Mask R-CNN with `masks`, of torchvision's parts over a feature pyramid."""
 
+    kind: Literal["rcnn"] = "rcnn"
     masks: bool = Field(True, description="also predict masks (Mask R-CNN)")
     width: PositiveInt = Field(256, description="channels of the pyramid and of the heads' convolutions")
     rpn_convs: PositiveInt = Field(2, description="3x3 convolutions of the proposal network")
@@ -72,10 +73,44 @@ class HeadConfig(DetectionPart):
         return self
 
 
+class DetrConfig(DetectionPart):
+    """A detector of transformers' DETR family; what is not here is as it was published."""
+
+    kind: Literal["rt_detr_v2", "d_fine"]
+    width: PositiveInt = Field(256, description="of queries and of the maps they look at")
+    heads: PositiveInt = 8
+    feedforward: PositiveInt = 1024
+    encoder_layers: PositiveInt = Field(1, description="on the map at stride 32")
+    decoder_layers: int = Field(6, ge=2)
+    queries: PositiveInt = 300
+    denoising: int = Field(100, ge=0, description="queries that begin at noisy boxes of the objects")
+    detections: PositiveInt = Field(100, description="most per image")
+
+    @property
+    def masks(self) -> bool:
+        """Boxes only."""
+        return False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width}: needed: a multiple of 4 and of heads {self.heads}")
+        return self
+
+
+def _kind_of_head(value: Any) -> str:
+    """Recipes may leave `kind` out; an unknown one is told by DetrConfig."""
+    kind = value.get("kind", "rcnn") if isinstance(value, dict) else value.kind
+    return "rcnn" if kind == "rcnn" else "detr"
+
+
+Head = Annotated[Annotated[RcnnConfig, Tag("rcnn")] | Annotated[DetrConfig, Tag("detr")], Discriminator(_kind_of_head)]
+
+
 class DetectionConfig(DetectionPart):
     """Data, augmentation and head."""
 
     kind: Literal["detection"] = "detection"
     data: DetectionDataConfig = DetectionDataConfig()
     augment: AugmentConfig = AugmentConfig()
-    head: HeadConfig = HeadConfig()
+    head: Head = RcnnConfig()

@@ -25,7 +25,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from m3i_large.finetune.backbones import LEVELS, backbone_maps, build_pyramid
 from m3i_large.finetune.detection.batch import DetectionBatch, Detections
-from m3i_large.finetune.detection.config import HeadConfig
+from m3i_large.finetune.detection.config import RcnnConfig
 from m3i_large.finetune.detection.federated import FederatedHeads
 from m3i_large.finetune.task import TaskModel
 
@@ -48,7 +48,7 @@ class RCNN(TaskModel):
     std_3: Tensor
 
     def __init__(
-        self, backbone: nn.Module, config: HeadConfig, *, images_C: Tensor, mean: Sequence[float], std: Sequence[float]
+        self, backbone: nn.Module, config: RcnnConfig, *, images_C: Tensor, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -62,9 +62,8 @@ class RCNN(TaskModel):
 
     def forward(self, batch: DetectionBatch) -> dict[str, Tensor] | list[Detections]:
         """See TaskModel; losses: classifier, box_reg, objectness, rpn_box_reg and, with masks, mask."""
-        image_BCHW = (batch.image_BCHW.float() - self.mean_3[:, None, None]) / self.std_3[:, None, None]
         sizes = [(int(height), int(width)) for height, width in batch.size_B2.tolist()]
-        images = ImageList(_without_padding(image_BCHW, sizes), sizes)
+        images = ImageList(normalized(batch, self.mean_3, self.std_3), sizes)
         levels = [level.float() for level in self.pyramid(backbone_maps(self.backbone, images.tensors))]
         features = OrderedDict(zip(LEVELS, levels, strict=True))
         if self.has_top:
@@ -77,10 +76,11 @@ class RCNN(TaskModel):
         return [_detections(one) for one in found]
 
 
-def _without_padding(image_BCHW: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-    """Zeros, which is the mean colour, where there is no image."""
+def normalized(batch: DetectionBatch, mean_3: Tensor, std_3: Tensor) -> Tensor:
+    """The images (B, 3, H, W), normalised; zeros, which is the mean colour, where there is no image."""
+    image_BCHW = (batch.image_BCHW.float() - mean_3[:, None, None]) / std_3[:, None, None]
     out_BCHW = torch.zeros_like(image_BCHW)
-    for image_CHW, out_CHW, (height, width) in zip(image_BCHW, out_BCHW, sizes, strict=True):
+    for image_CHW, out_CHW, (height, width) in zip(image_BCHW, out_BCHW, batch.size_B2.tolist(), strict=True):
         out_CHW[:, :height, :width] = image_CHW[:, :height, :width]
     return out_BCHW
 
@@ -101,7 +101,7 @@ def _detections(found: dict[str, Tensor]) -> Detections:
     )
 
 
-def _proposals(config: HeadConfig) -> nn.Module:
+def _proposals(config: RcnnConfig) -> nn.Module:
     anchors = AnchorGenerator(tuple((side,) for side in config.anchors), (ASPECTS,) * len(config.anchors))
     train, evaluation = config.proposals
     kept = {"training": train, "testing": evaluation}
@@ -118,7 +118,7 @@ def _proposals(config: HeadConfig) -> nn.Module:
     )
 
 
-def _heads(config: HeadConfig, images_C: Tensor) -> nn.Module:
+def _heads(config: RcnnConfig, images_C: Tensor) -> nn.Module:
     grid, width, outputs = (BOX_GRID, BOX_GRID), config.width, len(images_C) + 1  # the background comes first
     box_head: nn.Module = TwoMLPHead(width * BOX_GRID**2, config.box_width)
     if config.box_convs:

@@ -14,7 +14,7 @@ from torch import nn
 from m3i_large.errors import UserError
 from m3i_large.finetune.detection.batch import DetectionBatch, Detections, Target
 from m3i_large.finetune.detection.coco import CocoSplit, object_mask, read_coco, read_pixels
-from m3i_large.finetune.detection.config import AugmentConfig, DetectionConfig, SplitConfig
+from m3i_large.finetune.detection.config import AugmentConfig, DetectionConfig, RcnnConfig, SplitConfig
 from m3i_large.finetune.detection.rcnn import RCNN
 from m3i_large.finetune.detection.scores import coco_library, score_coco, server_rows
 from m3i_large.finetune.detection.transforms import Sample, augmented, fitted
@@ -57,7 +57,7 @@ class DetectionSamples:
 
 
 class DetectionTask:
-    """COCO's and LVIS's format, torchvision's heads; see Task."""
+    """COCO's and LVIS's format, torchvision's and transformers' detectors; see Task."""
 
     def __init__(self, config: DetectionConfig, *, data: Path) -> None:
         coco_library()
@@ -86,7 +86,12 @@ class DetectionTask:
     def build(self, backbone: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> TaskModel:
         """See Task."""
         images_C = torch.from_numpy(self.train.split.images_C())
-        return RCNN(backbone, self._config.head, images_C=images_C, mean=mean, std=std)
+        head = self._config.head
+        if isinstance(head, RcnnConfig):
+            return RCNN(backbone, head, images_C=images_C, mean=mean, std=std)
+        from m3i_large.finetune.detection.detr import Detr  # transformers takes seconds to import
+
+        return Detr(backbone, head, images_C=images_C, mean=mean, std=std)
 
     def collate(self, samples: Sequence[Sample], rng: np.random.Generator | None) -> DetectionBatch:
         """See Task; in training all batches are as large as the square, as accelerators like it."""
