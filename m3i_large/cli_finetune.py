@@ -28,16 +28,30 @@ def finetune_options(arguments: list[str], *, recipe: str) -> argparse.Namespace
 
 def finetune_detection(arguments: list[str]) -> int:
     """Entry of launchers/finetune_detection.py; returns the exit status."""
-    return _finetune(arguments, recipe="ft_coco_25ep")
+    return _finetune(arguments, kind="detection", recipe="ft_coco_25ep")
 
 
-def _finetune(arguments: list[str], *, recipe: str) -> int:
+def finetune_classification(arguments: list[str]) -> int:
+    """Entry of launchers/finetune_classification.py; returns the exit status."""
+    return _finetune(arguments, kind="classification", recipe="ft_in1k_100ep")
+
+
+def finetune_segmentation(arguments: list[str]) -> int:
+    """Entry of launchers/finetune_segmentation.py; returns the exit status."""
+    return _finetune(arguments, kind="segmentation", recipe="ft_ade20k_25ep")
+
+
+def _finetune(arguments: list[str], *, kind: str, recipe: str) -> int:
     options = finetune_options(arguments, recipe=recipe)
 
     def run() -> int:
         from m3i_large.finetune.recipe import load_finetune_recipe
 
         loaded = load_finetune_recipe(options.recipe, options.overrides)
+        if loaded.task.kind != kind:
+            raise UserError(
+                f"--recipe: {options.recipe} is a {loaded.task.kind}; needed: launchers/finetune_{loaded.task.kind}.py"
+            )
         update = {"data": str(options.data)} | ({"weights": str(options.weights)} if options.weights else {})
         loaded = loaded.model_copy(update=update)
         if not options.ds.is_file():

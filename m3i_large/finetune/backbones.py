@@ -17,6 +17,8 @@ from m3i_large.models.vit import ViT
 
 STRIDES = (4, 8, 16, 32)
 LEVELS = ("p2", "p3", "p4", "p5")
+NORM_GROUPS = 32  # most, of a GroupNorm
+MIN_GROUP = 8  # channels of a group: on a map pooled to a pixel it has no other values
 
 
 class SimplePyramid(nn.Module):
@@ -72,11 +74,52 @@ class TopDownPyramid(nn.Module):
         return list(self.fpn(OrderedDict(zip(LEVELS, maps, strict=True))).values())
 
 
+class OwnMaps(nn.Module):
+    """A backbone's maps at some of its strides, as they are."""
+
+    def __init__(self, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.numbers = [STRIDES.index(stride) for stride in strides]
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the four maps, finest first."""
+        return [maps[number] for number in self.numbers]
+
+
+def widths(backbone: Any) -> list[int]:
+    """Channels of the maps of a backbone from create_model."""
+    if isinstance(backbone, ViT):
+        return [backbone.width]
+    return [backbone.channels * 2**level for level in range(len(STRIDES))]
+
+
 def build_pyramid(backbone: Any, *, out: int) -> nn.Module:
-    """The pyramid that fits a backbone from create_model."""
+    """The pyramid that fits a backbone: four maps of `out` channels."""
     if isinstance(backbone, ViT):
         return SimplePyramid(backbone.width, stride=backbone.token_stride, out=out)
-    return TopDownPyramid([backbone.channels * 2**level for level in range(len(STRIDES))], out=out)
+    return TopDownPyramid(widths(backbone), out=out)
+
+
+def build_levels(backbone: Any, *, out: int, strides: Sequence[int] = STRIDES) -> tuple[nn.Module, list[int]]:
+    """Maps at these strides for a head that has a pyramid of its own, and their channels: those of InternImage as they
+    are, those of a ViT made by a SimplePyramid, with `out` channels."""
+    if isinstance(backbone, ViT):
+        pyramid = SimplePyramid(backbone.width, stride=backbone.token_stride, out=out, levels=strides)
+        return pyramid, [out] * len(strides)
+    return OwnMaps(strides), [widths(backbone)[STRIDES.index(stride)] for stride in strides]
+
+
+def without_batch_statistics(module: nn.Module) -> nn.Module:
+    """Every BatchNorm2d inside becomes a GroupNorm: a few images a device are no statistics, and the weights' average
+    and the checkpoint have none."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            most = max(1, min(NORM_GROUPS, child.num_features // MIN_GROUP))
+            groups = max(g for g in range(1, most + 1) if child.num_features % g == 0)
+            setattr(module, name, nn.GroupNorm(groups, child.num_features, eps=child.eps))
+        else:
+            without_batch_statistics(child)
+    return module
 
 
 def backbone_maps(backbone: nn.Module, image_BCHW: Tensor) -> list[Tensor]:

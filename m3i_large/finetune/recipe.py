@@ -1,12 +1,14 @@
 """A fine-tuning recipe: task, backbone, optimizer and length. `--weights` and `--data` of the launchers complete it."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, ValidationError, model_validator
 
 from m3i_large.errors import UserError
+from m3i_large.finetune.classification.config import ClassificationConfig
 from m3i_large.finetune.detection.config import DetectionConfig
+from m3i_large.finetune.segmentation.config import SegmentationConfig
 from m3i_large.optim import OptimConfig
 from m3i_large.recipe_file import header_of, names_in, one_line, parse_overrides, read_extended, set_dotted, yaml_text
 
@@ -68,13 +70,27 @@ class FinetuneTrainConfig(BaseModel):
         return self
 
 
+def _kind_of_task(value: Any) -> str:
+    """Recipes of detection may leave `kind` out; an unknown one is refused as one of detection."""
+    kind = value.get("kind", "detection") if isinstance(value, dict) else value.kind
+    return kind if kind in ("classification", "segmentation") else "detection"
+
+
+Task = Annotated[
+    Annotated[DetectionConfig, Tag("detection")]
+    | Annotated[ClassificationConfig, Tag("classification")]
+    | Annotated[SegmentationConfig, Tag("segmentation")],
+    Discriminator(_kind_of_task),
+]
+
+
 class FinetuneRecipe(BaseModel):
     """One fine-tuning."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: str
-    task: DetectionConfig = DetectionConfig()
+    task: Task = DetectionConfig()
     backbone: FinetuneBackbone = FinetuneBackbone()
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
     train: FinetuneTrainConfig

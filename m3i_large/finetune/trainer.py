@@ -3,6 +3,7 @@
 import copy
 import time
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from m3i_large.export import Weights, read_weights
 from m3i_large.export.files import tensor_file
 from m3i_large.export.weights import IMAGENET_MEAN, IMAGENET_STD
 from m3i_large.finetune.data import Evaluated, Trained
-from m3i_large.finetune.detection.task import DetectionTask
 from m3i_large.finetune.layer_decay import param_groups
 from m3i_large.finetune.loop import Loop, Root
 from m3i_large.finetune.recipe import FinetuneRecipe, validate_finetune
@@ -95,7 +95,9 @@ def _set_up(recipe: FinetuneRecipe, run: Run, *, ds: Path, resume: str, rank: Ra
     train = recipe.train
     ds_config = read_ds_config(ds, _step_sizes(recipe, rank), world=rank.world)
     weights = _weights(recipe)
-    task: Task = DetectionTask(recipe.task, data=Path(recipe.data))
+    # A task's package is named as its kind, so that only one's libraries are imported.
+    package = import_module(f"m3i_large.finetune.{recipe.task.kind}.task")
+    task: Task = package.build_task(recipe.task, data=Path(recipe.data))
     order = Order(len(task.train), repeats=task.train.repeats(), seed=train.seed)
     steps = train.steps or steps_of(order, epochs=train.epochs or 0, global_batch=train.global_batch)
     saved, found = resume_point(run, resume=resume, rank=rank)

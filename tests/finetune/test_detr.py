@@ -14,9 +14,10 @@ from torchvision.ops import box_iou
 from transformers import RTDetrImageProcessor
 
 from m3i_large.errors import UserError
+from m3i_large.finetune.backbones import without_batch_statistics
 from m3i_large.finetune.detection.batch import DetectionBatch, Target
 from m3i_large.finetune.detection.config import DetectionConfig, RcnnConfig
-from m3i_large.finetune.detection.detr import Detr, _detections, without_batch_statistics
+from m3i_large.finetune.detection.detr import Detr, _detections
 from m3i_large.finetune.recipe import load_finetune_recipe
 from m3i_large.models import create_model
 
@@ -130,7 +131,7 @@ def test_a_batch_without_objects_uses_all_parameters_and_teaches_nothing() -> No
 def test_group_norms_take_the_place_of_batch_norms() -> None:
     module = without_batch_statistics(nn.Sequential(nn.Conv2d(3, 48, 1), nn.Sequential(nn.BatchNorm2d(48, eps=1e-4))))
     norm = module[1][0]
-    assert isinstance(norm, nn.GroupNorm) and norm.num_groups == 24 and norm.eps == 1e-4
+    assert isinstance(norm, nn.GroupNorm) and norm.num_groups == 6 and norm.eps == 1e-4
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import coco_files
 import pytest
+import runs
 import tiny
 import torch
 import written
@@ -22,11 +22,21 @@ from torch import nn
 from m3i_large.checkpoint import Checkpoint, find_checkpoint
 from m3i_large.cli_finetune import finetune_detection
 from m3i_large.errors import UserError
-from m3i_large.export import export
+from m3i_large.finetune.classification.config import ClassificationConfig
+from m3i_large.finetune.classification.model import Classifier
 from m3i_large.finetune.detection.config import RcnnConfig
 from m3i_large.finetune.detection.detr import Detr
 from m3i_large.finetune.detection.rcnn import RCNN
-from m3i_large.finetune.recipe import RECIPES, finetune_recipe_header, finetune_recipe_names, load_finetune_recipe
+from m3i_large.finetune.recipe import (
+    RECIPES,
+    FinetuneRecipe,
+    finetune_recipe_header,
+    finetune_recipe_names,
+    load_finetune_recipe,
+)
+from m3i_large.finetune.segmentation.config import SegmentationConfig
+from m3i_large.finetune.segmentation.model import UPerNet
+from m3i_large.finetune.task import TaskModel
 from m3i_large.metrics import read_metrics, read_rows
 from m3i_large.models import create_model
 
@@ -39,48 +49,21 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set, an export, a recipe."""
     root = tmp_path_factory.mktemp("given")
     coco_files.write_set(root / "data")
-    written.write(root / "run", written.VIT)
-    export(root / "run", to="safetensors", out=root / "weights.safetensors")
-    recipe = {
-        "name": "tiny",
-        "task": {
-            "data": coco_files.DATA,
-            "augment": {"size": 64, "scale": [0.7, 1.3]},
-            "head": coco_files.HEAD | {"masks": True, "mask_convs": 1},
-        },
-        "optim": {"lr": {"peak": 1e-3, "warmup": 0.2}, "layer_decay": 0.7},
-        "train": {
-            "global_batch": 4,
-            "steps": 6,
-            "seed": 5,
-            "precision": "fp32",
-            "threads": 1,
-            "workers": 0,
-            "ema": 0.9,
-        },
-    }
-    recipe["train"] |= {"checkpoint_every": 3, "eval_batch": 2, "log_every": 1, "tensorboard": False}
-    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    runs.write_weights(root, written.VIT)
+    head = coco_files.HEAD | {"masks": True, "mask_convs": 1}
+    task = {"data": coco_files.DATA, "augment": {"size": 64, "scale": [0.7, 1.3]}, "head": head}
+    runs.write_recipe(root / "recipe.yaml", task)
     return root
 
 
 def command(given: Path, out: Path, *more: object, ranks: int = 1, weights: bool = True) -> list[str]:
     options = ["--data", given / "data", "--recipe", given / "recipe.yaml", "--out", out]
     options += ["--weights", given / "weights.safetensors"] if weights else []
-    script = [SCRIPT, *map(str, options), *map(str, more)]
-    if ranks == 1:
-        return [sys.executable, *script]
-    from ranks import free_port
-
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    return [*launcher, "--master_port", str(free_port()), *script]
+    return runs.command("detection", *options, *more, ranks=ranks)
 
 
 def finetune(given: Path, out: Path, *more: object, **how: Any) -> subprocess.CompletedProcess[str]:
-    arguments = command(given, out, *more, **how)
-    return subprocess.run(
-        arguments, env=tiny.environment(), capture_output=True, text=True, timeout=240, cwd=ROOT, check=False
-    )
+    return runs.launch(command(given, out, *more, **how))
 
 
 @pytest.fixture(scope="module")
@@ -293,15 +276,27 @@ def test_every_recipe_reads_and_has_its_header(name: str) -> None:
     assert recipe.name == name and len((RECIPES / f"{name}.yaml").read_text().splitlines()) <= 60
     assert "Reproduces:" in header and "Run:" in header and f"--recipe {name}" in header
     if said := re.search(r"Parameters: ([\d.]+) M trained", header):
-        weights = "internimage_h" if name.endswith("internimage_h") else "vit_b16"
-        images_C = torch.ones({"coco": 80, "lvis": 1203}[recipe.task.data.format])
-        with torch.device("meta"):
-            backbone = create_model(weights, **recipe.backbone.arch)
-            detector = RCNN if isinstance(recipe.task.head, RcnnConfig) else Detr
-            model = detector(backbone, recipe.task.head, images_C=images_C, mean=(0.5,) * 3, std=(0.25,) * 3)
-        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(float(said[1]), abs=0.05)
+        parameters = sum(p.numel() for p in model_of(recipe).parameters())
+        assert parameters / 1e6 == pytest.approx(float(said[1]), abs=0.05)
     else:
         assert name == "demo_detection"
+
+
+def model_of(recipe: FinetuneRecipe) -> TaskModel:
+    """The model of a shipped recipe on its data's number of classes, without weights."""
+    pixels = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    name = "internimage_h" if recipe.name.endswith("internimage_h") else "vit_b16"
+    task = recipe.task
+    with torch.device("meta"):
+        backbone = create_model(name, **recipe.backbone.arch)
+        if isinstance(task, ClassificationConfig):
+            return Classifier(backbone, task.head, num_classes=1000, smoothing=task.augment.smoothing, **pixels)
+        if isinstance(task, SegmentationConfig):
+            size = task.augment.size
+            return UPerNet(backbone, task.head, num_classes=task.data.num_classes, size=size, **pixels)
+        images_C = torch.ones({"coco": 80, "lvis": 1203}[task.data.format])
+        detector = RCNN if isinstance(task.head, RcnnConfig) else Detr
+        return detector(backbone, task.head, images_C=images_C, **pixels)
 
 
 @pytest.mark.slow
@@ -321,16 +316,7 @@ def test_lvis_trains_continues_and_is_scored_by_its_rules(given: Path, tmp_path:
     rows = json.loads((tmp_path / "run/results/step_00000006/results_segm.json").read_text())
     assert {row["category_id"] for row in rows} <= set(coco_files.FREQUENCIES)
     assert max(Counter(row["image_id"] for row in rows).values()) <= 10
-    assert_continues(tmp_path, tmp_path / "run")
-
-
-def assert_continues(given: Path, run: Path, *more: str) -> None:
-    """Every draw is a step's own: what continues from step 3 ends as the whole run of 6."""
-    shutil.rmtree(run / "checkpoints/step_00000006")
-    again = finetune(given, run, *more)
-    assert again.returncode == 0, again.stderr
-    rows = [row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row]
-    assert len(rows) == 9 and rows[3:6] == rows[6:]
+    runs.assert_continues(tmp_path / "run", lambda: finetune(tmp_path, tmp_path / "run"))
 
 
 @pytest.mark.slow
@@ -343,7 +329,7 @@ def test_a_detector_of_transformers_trains_continues_and_is_sharded(given: Path,
     assert {"loss/vfl", "loss/bbox", "loss/giou"} <= read_metrics(tmp_path / "run")[0].keys()
     (scored,) = read_rows(tmp_path / "run/eval.jsonl")
     assert "box/AP" in scored["values"] and "mask/AP" not in scored["values"]
-    assert_continues(given, tmp_path / "run", *more)
+    runs.assert_continues(tmp_path / "run", lambda: finetune(given, tmp_path / "run", *more))
     if kind == "rt_detr_v2":
         more += ["train.precision=bf16", "--ds", str(ROOT / "ds_configs/zero3.json")]
         done = finetune(given, tmp_path / "two", *more, ranks=2)

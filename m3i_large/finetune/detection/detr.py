@@ -26,15 +26,13 @@ from transformers import (
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
-from m3i_large.finetune.backbones import SimplePyramid, backbone_maps
+from m3i_large.finetune.backbones import backbone_maps, build_levels, without_batch_statistics
 from m3i_large.finetune.detection.batch import DetectionBatch, Detections
 from m3i_large.finetune.detection.config import DetrConfig
-from m3i_large.finetune.detection.rcnn import normalized
+from m3i_large.finetune.pixels import Normalize
 from m3i_large.finetune.task import TaskModel
-from m3i_large.models.vit import ViT
 
 STRIDES = (8, 16, 32)
-NORM_GROUPS = 32
 KINDS: dict[str, tuple[type, type]] = {
     "rt_detr_v2": (RTDetrV2Config, RTDetrV2ForObjectDetection),
     "d_fine": (DFineConfig, DFineForObjectDetection),
@@ -78,32 +76,20 @@ AutoBackbone.register(MapsConfig, Maps)
 class Detr(TaskModel):
     """A detector of queries around a backbone; arguments as RCNN's."""
 
-    mean_3: Tensor
-    std_3: Tensor
-
     def __init__(
-        self, backbone: Any, config: DetrConfig, *, images_C: Tensor, mean: Sequence[float], std: Sequence[float]
+        self, backbone: nn.Module, config: DetrConfig, *, images_C: Tensor, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.normalize = backbone, Normalize(mean, std)
         self.detections = config.detections
-        if isinstance(backbone, ViT):
-            channels = [config.width] * len(STRIDES)
-            self.pyramid: nn.Module | None = SimplePyramid(
-                backbone.width, stride=backbone.token_stride, out=config.width, levels=STRIDES
-            )
-        else:
-            # The detector's encoder is the pyramid of a backbone that has maps of its own at these strides.
-            channels, self.pyramid = [backbone.channels * 2**level for level in (1, 2, 3)], None
+        # The detector's encoder is the pyramid of a backbone that has maps of its own at these strides.
+        self.pyramid, channels = build_levels(backbone, out=config.width, strides=STRIDES)
         self.detector = _detector(config, channels, num_classes=len(images_C))
-        self.register_buffer("mean_3", torch.tensor(mean) * 255, persistent=False)
-        self.register_buffer("std_3", torch.tensor(std) * 255, persistent=False)
 
     def forward(self, batch: DetectionBatch) -> dict[str, Tensor] | list[Detections]:
         """See TaskModel; losses: one for each of the detector's kinds, over all its layers and denoising groups."""
-        image_BCHW = normalized(batch, self.mean_3, self.std_3)
-        maps = backbone_maps(self.backbone, image_BCHW)
-        maps = self.pyramid(maps) if self.pyramid is not None else maps[1:]
+        image_BCHW = self.normalize(batch.image_BCHW, batch.size_B2)
+        maps = self.pyramid(backbone_maps(self.backbone, image_BCHW))
         self.detector.model.backbone.model.handed = tuple(x.float() for x in maps)
         side_2 = image_BCHW.new_tensor(image_BCHW.shape[2:])
         with torch.autocast(image_BCHW.device.type, enabled=False):
@@ -147,18 +133,6 @@ def _detector(config: DetrConfig, channels: list[int], *, num_classes: int) -> A
                 delattr(module, name)
                 module.register_buffer(name, parameter.detach(), persistent=False)
     return built
-
-
-def without_batch_statistics(module: nn.Module) -> nn.Module:
-    """Every BatchNorm2d inside becomes a GroupNorm: a few images a device are no statistics, and the weights' average
-    and the checkpoint have none."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            groups = max(g for g in range(1, NORM_GROUPS + 1) if child.num_features % g == 0)
-            setattr(module, name, nn.GroupNorm(groups, child.num_features, eps=child.eps))
-        else:
-            without_batch_statistics(child)
-    return module
 
 
 def _labels(batch: DetectionBatch, side_2: Tensor) -> tuple[list[dict[str, Tensor]], float]:

@@ -27,6 +27,7 @@ from m3i_large.finetune.backbones import LEVELS, backbone_maps, build_pyramid
 from m3i_large.finetune.detection.batch import DetectionBatch, Detections
 from m3i_large.finetune.detection.config import RcnnConfig
 from m3i_large.finetune.detection.federated import FederatedHeads
+from m3i_large.finetune.pixels import Normalize
 from m3i_large.finetune.task import TaskModel
 
 ASPECTS = (0.5, 1.0, 2.0)
@@ -44,26 +45,20 @@ class RCNN(TaskModel):
         mean, std: of the pixels (0 to 1, RGB) that the backbone was trained on.
     """
 
-    mean_3: Tensor
-    std_3: Tensor
-
     def __init__(
         self, backbone: nn.Module, config: RcnnConfig, *, images_C: Tensor, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.normalize = backbone, Normalize(mean, std)
         self.pyramid = build_pyramid(backbone, out=config.width)
         self.rpn = _proposals(config)
         self.heads = _heads(config, images_C)
         self.has_top = len(config.anchors) > len(LEVELS)
-        # Not persistent: constants of the data, which a checkpoint's recipe and weights file hold already.
-        self.register_buffer("mean_3", torch.tensor(mean) * 255, persistent=False)
-        self.register_buffer("std_3", torch.tensor(std) * 255, persistent=False)
 
     def forward(self, batch: DetectionBatch) -> dict[str, Tensor] | list[Detections]:
         """See TaskModel; losses: classifier, box_reg, objectness, rpn_box_reg and, with masks, mask."""
         sizes = [(int(height), int(width)) for height, width in batch.size_B2.tolist()]
-        images = ImageList(normalized(batch, self.mean_3, self.std_3), sizes)
+        images = ImageList(self.normalize(batch.image_BCHW, batch.size_B2), sizes)
         levels = [level.float() for level in self.pyramid(backbone_maps(self.backbone, images.tensors))]
         features = OrderedDict(zip(LEVELS, levels, strict=True))
         if self.has_top:
@@ -74,15 +69,6 @@ class RCNN(TaskModel):
         if self.training:
             return {name.removeprefix("loss_"): x.float() for name, x in {**losses, **rpn_losses}.items()}
         return [_detections(one) for one in found]
-
-
-def normalized(batch: DetectionBatch, mean_3: Tensor, std_3: Tensor) -> Tensor:
-    """The images (B, 3, H, W), normalised; zeros, which is the mean colour, where there is no image."""
-    image_BCHW = (batch.image_BCHW.float() - mean_3[:, None, None]) / std_3[:, None, None]
-    out_BCHW = torch.zeros_like(image_BCHW)
-    for image_CHW, out_CHW, (height, width) in zip(image_BCHW, out_BCHW, batch.size_B2.tolist(), strict=True):
-        out_CHW[:, :height, :width] = image_CHW[:, :height, :width]
-    return out_BCHW
 
 
 def _target(target: Any) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Image classification on folders of classes or shards."""

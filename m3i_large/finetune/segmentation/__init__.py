@@ -1,0 +1,1 @@
+"""Semantic segmentation in ADE20k's format."""
