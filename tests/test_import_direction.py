@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+TASK = ("deepspeed", "torch.distributed", "m3i_large.parallel", "m3i_large.run")  # of fine-tuning
 # layer -> what it must not import (prefixes of dotted names)
 FORBIDDEN = {
     "kernels/m3i_kernels": ("m3i_large", "deepspeed"),
@@ -40,7 +41,9 @@ FORBIDDEN = {
     "m3i_large/recipe.py": ("deepspeed", "m3i_large.parallel", "m3i_large.train", "m3i_large.build"),
     "m3i_large/plan": ("deepspeed", "torch.distributed", "m3i_large.parallel", "m3i_large.train"),
     "m3i_large/export": ("deepspeed", "torch.distributed", "m3i_large.build", "m3i_large.finetune", "m3i_large.train"),
-    "m3i_large/finetune/detection": ("deepspeed", "torch.distributed", "m3i_large.parallel", "m3i_large.run"),
+    "m3i_large/finetune/detection": TASK,
+    "m3i_large/finetune/classification": TASK,
+    "m3i_large/finetune/segmentation": TASK,
     "m3i_large/build.py": ("deepspeed", "torch.distributed", "m3i_large.parallel"),
 }
 # modules that only these places may import

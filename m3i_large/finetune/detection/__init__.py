@@ -1,1 +1,1 @@
-"""Detection and instance segmentation in COCO's format."""
+"""Detection and instance segmentation in COCO's and LVIS's formats."""
