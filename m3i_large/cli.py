@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -146,16 +147,38 @@ def evaluate_command(
         str,
         typer.Argument(help="retrieval, zeroshot, categories, styles, knn or linear; several joined by commas."),
     ],
-    path: Annotated[Path, typer.Argument(help="Run or checkpoint directory.")],
+    path: Annotated[Path, typer.Argument(help="Run or checkpoint directory; for knn and linear also an export.")],
     data: Annotated[Path, typer.Option(help="Directory of shards.")],
     train: Annotated[Path | None, typer.Option(help="Directory of shards that knn and linear learn from.")] = None,
     branch: Annotated[str, typer.Option(help="student, or target for the moving average.")] = "student",
+    classes: Annotated[
+        str | None, typer.Option(help="zeroshot of labelled pictures: imagenet, or a file with a class's name a line.")
+    ] = None,
+    templates: Annotated[
+        str | None, typer.Option(help="imagenet (80), simple (7), or a file with a text around {} a line.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Evaluates without fine-tuning, beside chance and the untrained model."""
     from m3i_large.evaluate import evaluate
+    from m3i_large.evaluate.names import read_names
 
-    results = evaluate(kind.split(","), path, data=data, train=train, branch=branch)
+    if templates is not None and classes is None:
+        raise UserError("--templates: got it without --classes; needed: the names that go into them")
+    names = None if classes is None else read_names(classes, templates)
+    score = partial(evaluate, kind.split(","), path, data=data, train=train, branch=branch, classes=names)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from m3i_large.parallel.comm import start_distributed, stop_distributed
+
+        rank = start_distributed()
+        try:
+            results = score(rank=rank)
+        finally:
+            stop_distributed()
+        if not rank.is_first:
+            return
+    else:
+        results = score()
     if as_json:
         print(json.dumps(results[0] if len(results) == 1 else results))
         return
@@ -179,6 +202,12 @@ def evaluate_command(
                 f"{value / chance:.1f}",
             )
     Console().print(table)
+
+
+def evaluate_on_ranks(arguments: list[str]) -> None:
+    """Entry of launchers/evaluate.py: `m3i eval` under DeepSpeed's launcher, which passes an option of its own."""
+    sys.argv = ["m3i", "eval", *(word for word in arguments if not word.startswith("--local_rank"))]
+    main()
 
 
 @app.command("supervise")

@@ -1,16 +1,81 @@
-"""From a run or checkpoint to a model that encodes, on the CPU, without DeepSpeed."""
+"""From a run, a checkpoint or an exported file to a model that encodes, without DeepSpeed."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from m3i_large.build import build_objective
 from m3i_large.checkpoint import Checkpoint, find_checkpoint
 from m3i_large.errors import UserError
 from m3i_large.export.branch import BRANCHES, PRETRAINING
 from m3i_large.export.weights import compare, read_weights
-from m3i_large.models.factory import model_config
+from m3i_large.models.factory import create_model, model_config
 from m3i_large.objective import Objective
 from m3i_large.recipe import Recipe, validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A model that is evaluated.
+
+    Attributes:
+        backbone: in fp32, evaluation mode.
+        image_size: side of the pictures, pixels.
+        mean, std: of their pixels (0 to 1, RGB).
+        device: of the model.
+        objective, recipe: of a run: pool, heads and texts; None for an exported backbone, which has none.
+    """
+
+    backbone: nn.Module
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    device: torch.device
+    objective: Objective | None = None
+    recipe: Recipe | None = None
+
+    def tokens(self, pixels_NHWC: Tensor) -> Tensor:
+        """uint8 pixels -> (N, L, D): the objective's tokens of the student, or a backbone's last map."""
+        pixels = pixels_NHWC.to(self.device).float() / 255
+        mean, std = torch.tensor(self.mean, device=self.device), torch.tensor(self.std, device=self.device)
+        image_NCHW = ((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()
+        if self.objective is not None:
+            return self.objective.student.tokens(image_NCHW)
+        return self.backbone(image_NCHW)[-1].flatten(2).transpose(1, 2)
+
+    def pool(self, token_NLD: Tensor) -> Tensor:
+        """Attention pool, or the mean where there is none -> (N, E)."""
+        pool = self.objective.pool if self.objective is not None else None
+        return token_NLD.mean(1) if pool is None else pool(token_NLD)
+
+
+def load_encoders(path: Path, *, branch: str = "student", device: torch.device | None = None) -> dict[str, Encoder]:
+    """The model of a run, a checkpoint or an exported file as `values`, and as it was before training as `untrained`.
+
+    Args:
+        device: None: a GPU where there is one.
+
+    Raises:
+        UserError: as `load_trained` and `read_weights`.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if path.is_file() or (path / "config.json").is_file():
+        weights = read_weights(path)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            networks = {"values": weights.build(), "untrained": create_model(weights.name, **weights.arch)}
+        pixels = {"image_size": weights.arch["image_size"], "mean": weights.mean, "std": weights.std}
+        return {k: Encoder(backbone=x.eval().to(device), device=device, **pixels) for k, x in networks.items()}
+    recipe, trained = load_trained(path, branch=branch)
+    pixels = {"image_size": recipe.data.image_size, "mean": recipe.data.mean, "std": recipe.data.std}
+    towers = {"values": trained.to(device), "untrained": load_untrained(recipe).to(device)}
+    return {
+        name: Encoder(backbone=tower.student, objective=tower, recipe=recipe, device=device, **pixels)
+        for name, tower in towers.items()
+    }
 
 
 def load_trained(path: Path, *, branch: str = "student") -> tuple[Recipe, Objective]:

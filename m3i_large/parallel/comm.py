@@ -111,6 +111,15 @@ def gather_objects(value: Any, rank: Rank) -> list[Any]:
     return values
 
 
+def gather_on_first(value: Any, rank: Rank) -> list[Any]:
+    """Python objects of every rank, in rank order, on the first rank; nothing on the others."""
+    if rank.world == 1:
+        return [value]
+    values: list[Any] = [None] * rank.world if rank.is_first else []
+    dist.gather_object(value, values if rank.is_first else None)
+    return values
+
+
 def highest(values: Sequence[int], rank: Rank) -> list[int]:
     """The largest of every value over all ranks, on every rank."""
     most = torch.tensor(values, device=rank.device)

@@ -9,14 +9,14 @@ from tiny import SHAPES, picture, recipe, write_data
 from m3i_large.build import build_objective
 from m3i_large.errors import UserError
 from m3i_large.evaluate import KINDS, evaluate
-from m3i_large.evaluate.features import Features, Samples, encode, read_samples
-from m3i_large.evaluate.load import load_trained
+from m3i_large.evaluate.features import Features, Pictures, Samples, encode
+from m3i_large.evaluate.load import Encoder, load_trained
 from m3i_large.recipe import validate
 
 
 def samples(captions: list[str], styles: list[str], labels: list[int]) -> Samples:
     meta = [{"style": s, "concept": c} for s, c in zip(styles, captions, strict=True)]
-    return Samples(torch.zeros(len(captions), 2, 2, 3, dtype=torch.uint8), captions, torch.tensor(labels), meta)
+    return Samples(captions, torch.tensor(labels), meta)
 
 
 def one_hot(keys: list) -> torch.Tensor:
@@ -66,16 +66,19 @@ def test_missing_heads_and_styles_are_said() -> None:
 def test_pictures_are_read_whole_and_encoded_as_the_student_does(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", samples=12)
     resolved = validate(recipe(data))
-    labelled = read_samples(data, "image_category", image_size=32)
-    assert (
-        len(labelled) == 12 and labelled.labels_N.tolist() == [i % 12 % 3 for i in range(12)] and not labelled.captions
-    )
-    named = read_samples(data, "image_text", image_size=32)
-    assert len(named) == 24 and named.captions[0] == "a red disc number 0"
     objective = build_objective(resolved).eval()
-    features = encode(objective, resolved, named)
+    pixels = {"mean": resolved.data.mean, "std": resolved.data.std, "device": torch.device("cpu"), "image_size": 32}
+    encoder = Encoder(backbone=objective.student, objective=objective, recipe=resolved, **pixels)
+    labelled, _ = encode([encoder], Pictures(data, "image_category", image_size=32))
+    assert len(labelled) == 12 and labelled.labels_N.tolist() == [i % 12 % 3 for i in range(12)]
+    assert not labelled.captions
+    pictures = Pictures(data, "image_text", image_size=32)
+    named, (features,) = encode([encoder], pictures)
+    assert len(named) == 24 and named.captions[0] == "a red disc number 0"
     mean, std = torch.tensor(resolved.data.mean), torch.tensor(resolved.data.std)
-    image = ((named.pixels_NHWC[3:4] / 255 - mean) / std).permute(0, 3, 1, 2)
+    ((_, pixels_NHWC, raws), *_) = pictures.chunks(4)
+    assert [raw.text for raw in raws] == named.captions[:4]
+    image = ((pixels_NHWC[3:4] / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():
         expected = objective.pool(objective.student.tokens(image))
     torch.testing.assert_close(features.pooled_NE[3:4], expected, rtol=1e-4, atol=1e-5)
@@ -91,8 +94,8 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a run directory with a checkpoint"):
         evaluate(["styles"], tmp_path, data=tmp_path)
     with pytest.raises(UserError, match=r"no \.tar shard with \.txt"):
-        read_samples(tmp_path / "empty", "image_text", image_size=32)
+        Pictures(tmp_path / "empty", "image_text", image_size=32)
     with pytest.raises(UserError, match="is no directory"):
-        read_samples(tmp_path / "none", "image_text", image_size=32)
+        Pictures(tmp_path / "none", "image_text", image_size=32)
     with pytest.raises(UserError, match="branch: got 'teacher'"):
         load_trained(tmp_path, branch="teacher")
