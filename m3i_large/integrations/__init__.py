@@ -1,0 +1,1 @@
+"""Our backbone inside other projects' detectors; imported by their configurations only."""
