@@ -25,7 +25,10 @@ setup(
     + [f"m3i_kernels{name}" for name in ["", *(f".{p}" for p in find_packages("kernels/m3i_kernels"))]],
     package_dir={"m3i_kernels": "kernels/m3i_kernels"},
     package_data={
-        "m3i_large": ["recipes/*.yaml", "specs/*.yaml", "studies/*.yaml", "finetune/recipes/*.yaml", "py.typed"]
+        "m3i_large": [
+            *("recipes/*.yaml", "specs/*.yaml", "studies/*.yaml", "finetune/recipes/*.yaml", "py.typed"),
+            "integrations/mmdet_configs/*.py",
+        ]
     },
     install_requires=REQUIREMENTS,
     extras_require={
