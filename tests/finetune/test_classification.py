@@ -199,6 +199,10 @@ def test_it_learns_colours_continues_and_runs_on_two_ranks(tmp_path: Path, parts
     task = {"kind": "classification", "augment": {"size": 64, "mixup": 0.8, "cutmix": 1.0}}
     recipe = runs.write_recipe(tmp_path / "recipe.yaml", task, global_batch=6)
     options = ["--data", tmp_path / "data", "--recipe", recipe, "--weights", weights]
+    if parts is written.VIT:
+        done = runs.launch(runs.command("classification", *options, "--out", tmp_path / "none"))
+        assert done.returncode == 2 and "got 64 for a ViT of 32 pixels" in done.stderr
+        options.append("backbone.arch.image_size=64")
     run = tmp_path / "first"
 
     def first() -> Any:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3i_large.finetune.backbones import backbone_maps, widths
+from m3i_large.finetune.backbones import widths
 from m3i_large.finetune.classification.config import ClassifierConfig
 from m3i_large.finetune.pixels import Normalize
 from m3i_large.finetune.task import TaskModel
@@ -102,7 +102,8 @@ class Classifier(TaskModel):
         image_BCHW = self.normalize(batch.image_BCHW)
         if batch.mix is not None:
             image_BCHW = mixed(image_BCHW, batch.mix)
-        feature_BD = backbone_maps(self.backbone, image_BCHW)[-1].mean((2, 3))
+        # Not backbone_maps: a ViT's class token takes part in its attention here, as in the pre-training.
+        feature_BD = self.backbone(image_BCHW)[-1].mean((2, 3))
         logit_BC = self.head(self.norm(feature_BD)).float()
         if self.training:
             target_BC = target_of(batch.label_B, batch.mix, num_classes=self.num_classes, smoothing=self.smoothing)

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from m3i_large.data.decode import decode_rgb
+from m3i_large.errors import UserError
 from m3i_large.finetune.classification.config import AugmentConfig, ClassificationConfig
 from m3i_large.finetune.classification.images import Folders, Shards, open_images, same_classes
 from m3i_large.finetune.classification.model import ClassificationBatch, Classifier, Mix
 from m3i_large.finetune.classification.transforms import augmented, centred
 from m3i_large.finetune.task import TaskModel
+from m3i_large.models.vit import ViT
 
 PREDICTIONS = "predictions.csv"
 
@@ -71,7 +73,13 @@ class ClassificationTask:
         self.evaluated = ClassificationSamples(evaluated, config.augment)
 
     def build(self, backbone: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> TaskModel:
-        """See Task."""
+        """See Task. UserError where a ViT is of another size than the images."""
+        size = self._config.augment.size
+        if isinstance(backbone, ViT) and backbone.image_size != size:
+            raise UserError(
+                f"task.augment.size: got {size} for a ViT of {backbone.image_size} pixels; "
+                f"needed: backbone.arch.image_size={size}, which resizes its position table"
+            )
         smoothing, head = self._config.augment.smoothing, self._config.head
         return Classifier(backbone, head, num_classes=len(self.classes), smoothing=smoothing, mean=mean, std=std)
 

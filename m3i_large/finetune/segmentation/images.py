@@ -73,21 +73,26 @@ class Images:
             image_HW3 = decode_rgb(path.read_bytes())
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
-        label_HW = cv2.imread(str(labels), cv2.IMREAD_UNCHANGED)
-        if label_HW is None or label_HW.ndim != 2:
-            got = "nothing that OpenCV reads" if label_HW is None else f"{label_HW.shape[2]} channels"
-            raise ValueError(f"{labels}: got {got}; needed: a PNG of one channel")
+        label_HW = self.labels(index)
         if label_HW.shape != image_HW3.shape[:2]:
             raise ValueError(f"{labels}: got {label_HW.shape} pixels; needed: the image's {image_HW3.shape[:2]}")
+        return Sample(image_HW3=image_HW3, label_HW=label_HW, size=label_HW.shape)
+
+    def labels(self, index: int) -> np.ndarray:
+        """Labels (H, W) as in Sample. ValueError as `read`."""
+        _, path = self._pairs[index]
+        label_HW = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        if label_HW is None or label_HW.ndim != 2:
+            got = "nothing that OpenCV reads" if label_HW is None else f"{label_HW.shape[2]} channels"
+            raise ValueError(f"{path}: got {got}; needed: a PNG of one channel")
         # Beyond the classes is UNLABELLED only where the files say so: 0 where they count from 1, or 255.
         found = label_HW.astype(np.int64) - self._first
         known = (found >= 0) & (found < self._num_classes)
         odd = label_HW[~known & (found != -1) & (label_HW != UNLABELLED)]
         if odd.size:
             last = self._num_classes - 1 + self._first
-            raise ValueError(f"{labels}: got label {odd[0]}; needed: {self._first} to {last}, or {UNLABELLED}")
-        label_HW = np.where(known, found, UNLABELLED).astype(np.uint8)
-        return Sample(image_HW3=image_HW3, label_HW=label_HW, size=label_HW.shape)
+            raise ValueError(f"{path}: got label {odd[0]}; needed: {self._first} to {last}, or {UNLABELLED}")
+        return np.where(known, found, UNLABELLED).astype(np.uint8)
 
 
 def augmented(sample: Sample, config: AugmentConfig, rng: np.random.Generator) -> Sample:

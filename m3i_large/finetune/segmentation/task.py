@@ -97,7 +97,7 @@ class SegmentationTask:
     def digest(self, index: int, prediction: Tensor) -> Digest:
         """See Task."""
         found_HW = prediction.numpy()
-        label_HW = self.evaluated.images.read(index).label_HW
+        label_HW = self.evaluated.images.labels(index)
         known = label_HW != UNLABELLED
         pair = label_HW[known].astype(np.int64) * self._config.data.num_classes + found_HW[known]
         pairs, counts = np.unique(pair, return_counts=True)
