@@ -50,7 +50,8 @@ def _finetune(arguments: list[str], *, kind: str, recipe: str) -> int:
         loaded = load_finetune_recipe(options.recipe, options.overrides)
         if loaded.task.kind != kind:
             raise UserError(
-                f"--recipe: {options.recipe} is a {loaded.task.kind}; needed: launchers/finetune_{loaded.task.kind}.py"
+                f"--recipe: {options.recipe} is one of {loaded.task.kind}; "
+                f"needed: launchers/finetune_{loaded.task.kind}.py"
             )
         update = {"data": str(options.data)} | ({"weights": str(options.weights)} if options.weights else {})
         loaded = loaded.model_copy(update=update)

@@ -44,12 +44,15 @@ FORBIDDEN = {
     "m3i_large/finetune/detection": TASK,
     "m3i_large/finetune/classification": TASK,
     "m3i_large/finetune/segmentation": TASK,
+    "m3i_large/integrations": ("m3i_large.train", "m3i_large.objective", "m3i_large.data"),
     "m3i_large/build.py": ("deepspeed", "torch.distributed", "m3i_large.parallel"),
 }
 # modules that only these places may import
 ONLY = {
     "deepspeed": ("m3i_large/parallel",),
     "triton": ("kernels/m3i_kernels",),
+    "mmdet": ("m3i_large/integrations",),
+    "mmengine": ("m3i_large/integrations",),
     "yaml": ("m3i_large/recipe_file.py",),
 }
 

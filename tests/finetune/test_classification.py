@@ -241,6 +241,6 @@ def test_shards_through_the_launcher(tmp_path: Path) -> None:
 def test_a_launcher_takes_recipes_of_its_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--data", str(tmp_path), "--weights", "none.pth", "--out", str(tmp_path / "run")]
     assert finetune_detection([*options, "--recipe", "ft_in1k_100ep"]) == 2
-    assert "is a classification; needed: launchers/finetune_classification.py" in capsys.readouterr().err
+    assert "is one of classification; needed: launchers/finetune_classification.py" in capsys.readouterr().err
     assert finetune_classification([*options, "--recipe", "ft_coco_25ep"]) == 2
-    assert "is a detection; needed: launchers/finetune_detection.py" in capsys.readouterr().err
+    assert "is one of detection; needed: launchers/finetune_detection.py" in capsys.readouterr().err

@@ -33,6 +33,8 @@ def small(name: str, **backbone: Any) -> Config:
     own["out_indices"] = (1, 2, 3) if len(WIDTHS[name]) == 3 else (0, 1, 2, 3)
     config.model.backbone = own
     config.model.neck.in_channels = WIDTHS[name]
+    if "num_queries" in config.model:
+        config.model.num_queries = 20  # of an image of 96 pixels, which has fewer than 900 places
     return config
 
 
@@ -74,7 +76,7 @@ def test_rates_fall_from_the_head_to_the_stem() -> None:
     optimizer = build_optim_wrapper(model, wrapper)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     named = dict(model.named_parameters())
-    assert len(rates) == sum(p.requires_grad for p in named.values())
+    assert {id(p) for p in named.values() if p.requires_grad} <= rates.keys()
     top = 1 + 5  # five blocks
     assert rates[id(named["backbone.patch_embed.conv1.weight"])] == pytest.approx(1e-4 * 0.94**top)
     assert rates[id(named["backbone.levels.0.blocks.0.mlp.fc1.weight"])] == pytest.approx(1e-4 * 0.94 ** (top - 1))
