@@ -107,6 +107,11 @@ def test_an_export_is_probed_as_its_run(given: Path, file: str) -> None:
     for mine, theirs in zip(exported, run, strict=True):
         assert mine["values"] == theirs["values"] and mine["chance"] == theirs["chance"]
         assert mine["num_samples"] == 12
+    pixels_NHWC = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    here, there = (load_encoders(given / name) for name in (file, "run"))
+    with torch.no_grad():
+        torch.testing.assert_close(here["values"].tokens(pixels_NHWC), there["values"].tokens(pixels_NHWC))
+        assert not torch.allclose(here["untrained"].tokens(pixels_NHWC), there["values"].tokens(pixels_NHWC), atol=0.1)
     with pytest.raises(UserError, match="is a backbone alone, got kind 'retrieval'; needed: knn or linear"):
         evaluate(["knn", "retrieval"], given / file, **where)
 

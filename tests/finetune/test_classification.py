@@ -158,6 +158,15 @@ def test_drawn_mixes() -> None:
     assert draw_mix(AugmentConfig(mixup=0, cutmix=0), np.random.default_rng(0)) is None
 
 
+def test_batches_are_mixed_in_training_alone(tmp_path: Path) -> None:
+    task = ClassificationTask(ClassificationConfig(), data=write_folders(tmp_path))
+    rng = np.random.default_rng(0)
+    batch = task.collate([task.train.read(k, rng) for k in range(4)], np.random.default_rng(3))
+    assert batch.mix == draw_mix(AugmentConfig(), np.random.default_rng(3)) and batch.mix is not None
+    assert batch.image_BCHW.shape == (4, 3, 224, 224) and batch.label_B.tolist() == [0, 0, 0, 0]
+    assert task.collate([task.evaluated.read(k, None) for k in range(4)], None).mix is None
+
+
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
