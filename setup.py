@@ -43,6 +43,7 @@ setup(
             *DETECTION,
         ],
         "detection": DETECTION,
+        "integrations": ["mmdet==3.3.0", "mmengine==0.10.7"],
         "remote": ["obstore>=0.12"],
         "docs": ["mkdocs>=1.6"],
     },
