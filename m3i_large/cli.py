@@ -134,7 +134,10 @@ def scores_command(
         print(json.dumps(rows))
         return
     names = list(dict.fromkeys(name for row in rows.values() for name in row["values"]))
-    table = Table(Column("run", no_wrap=True), "step", *names)
+    # Names of figures are told apart by their ends: where there is no room a long path is folded instead.
+    table = Table(
+        Column("run", overflow="fold"), "step", *(Column(name, no_wrap=True, min_width=len(name)) for name in names)
+    )
     for run, row in rows.items():
         shown = (f"{row['values'][name]:.1%}" if name in row["values"] else "" for name in names)
         table.add_row(run, str(row["step"]), *shown)
