@@ -16,7 +16,7 @@ from m3i_large.finetune.data import Evaluated, Trained, ahead
 from m3i_large.finetune.recipe import FinetuneRecipe
 from m3i_large.finetune.task import Task
 from m3i_large.metrics import MetricsWriter, append_row, package_versions
-from m3i_large.parallel.comm import Rank, barrier, gather_objects, highest
+from m3i_large.parallel.comm import Rank, barrier, gather_on_first, highest
 from m3i_large.parallel.engine import Engine
 from m3i_large.parallel.sharded_ema import ShardedEMA
 from m3i_large.parallel.watchdog import Watchdog
@@ -181,7 +181,7 @@ class Loop:
                     found = root(batch.to(self.rank.device), average=self.average is not None)
                 digests |= {i: self.task.digest(i, x) for i, x in zip(indices, found, strict=True)}
         gathered: dict[int, Any] = {}
-        for part in gather_objects(digests, self.rank):
+        for part in gather_on_first(digests, self.rank):  # of LVIS gigabytes
             gathered |= part
         values: dict[str, float] = {}
         if self.rank.is_first:
