@@ -74,7 +74,7 @@ class Task(Protocol):
         ...
 
     def digest(self, index: int, prediction: Any) -> Any:
-        """What `score` needs of the prediction for sample `index` of `evaluated`: small, as the first rank gathers all."""
+        """What `score` needs of the prediction for sample `index` of `evaluated`; small, as one rank gathers all."""
         ...
 
     def score(self, digests: Mapping[int, Any], directory: Path) -> dict[str, float]:
