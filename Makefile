@@ -37,7 +37,7 @@ detect-student detect-target: detect-%:
 detect-random:
 	$(DETECT) --weights runs/demo/student.safetensors backbone.init=random --out runs/demo_detection/random
 
-## The tests of the README; under 15 minutes on two cores, no compiler, no GPU. One thread in each of the two workers.
+## The tests of the README; about half an hour on two cores, no compiler, no GPU. One thread in each of the two workers.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/system tests
 
