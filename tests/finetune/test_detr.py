@@ -99,7 +99,7 @@ def test_it_finds_the_objects_of_the_scenes_that_it_was_shown(kind: str) -> None
         overlap = box_iou(target.boxes_M4, one.boxes_K4[:first])
         overlap[target.labels_M[:, None] != one.labels_K[:first]] = 0
         overlaps += overlap.amax(1).tolist()
-    assert min(overlaps) > 0.3 and np.mean(overlaps) > 0.7, overlaps
+    assert min(overlaps) > 0.3 and np.mean(overlaps) > 0.6, overlaps
 
 
 def test_detections_are_those_of_transformers_post_processing() -> None:
