@@ -46,7 +46,7 @@ def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
     except (UserError, OutageError, DivergenceError) as error:
         if debug:
             traceback.print_exc()
-        elif isinstance(error, OutageError) or os.environ.get("RANK", "0") == "0":
+        elif isinstance(error, OutageError) or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             # A mistake is every rank's; an outage may be one's alone.
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from m3i_large.parallel.slurm import slurm_environment
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -28,6 +30,9 @@ class Rank:
 def start_distributed(*, timeout_s: float = 1800.0) -> Rank:
     """Joins the process group (NCCL on GPUs, gloo on CPUs); a process started on its own is a world of one.
 
+    Ranks come from the environment: of deepspeed, torchrun or whoever sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT, or of `srun` with one task per GPU (`slurm_environment`).
+
     On CPU machines DeepSpeed would compile a shared-memory collective at the first start (40 s, and a failure where
     there is no C++ compiler); gloo serves as well here, so that operator is declared absent.
     """
@@ -40,6 +45,7 @@ def start_distributed(*, timeout_s: float = 1800.0) -> Rank:
     if get_accelerator().device_name() == "cpu":
         # deepspeed.ops creates this dictionary on first access, in a module-level __getattr__.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.update(slurm_environment(os.environ))
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if "RANK" not in os.environ:
         os.environ.update(alone)
