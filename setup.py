@@ -39,6 +39,7 @@ setup(
             "ruff==0.17.6",
             "mypy==2.4.1",
             "types-PyYAML",
+            "kubernetes-validate==1.37.0",
             "obstore>=0.12",
             *DETECTION,
         ],

@@ -64,6 +64,10 @@ def data_index(
     *,
     jobs: Jobs = 1,
     salvage: Annotated[bool, typer.Option(help="Keep what comes before the damage of a damaged shard.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Only part I (from 0) of N, on one of N machines; then once without --part."),
+    ] = None,
     export: Annotated[
         list[str] | None, typer.Option(help="Also write other libraries' indexes: energon=DIR or dali=DIR.")
     ] = None,
@@ -71,18 +75,21 @@ def data_index(
 ) -> None:
     """Indexes a recipe's shards: one pass over each tar. Stopped, the same command goes on where it was."""
     from m3i_large.data.interchange import EXPORTS, export_index
-    from m3i_large.data.manifest import build_manifest, load_index
+    from m3i_large.data.manifest import build_manifest, index_shards, load_index
     from m3i_large.data.sources import expand
 
     exports = [choice.partition("=") for choice in export or []]
     if any(kind not in EXPORTS or not where for kind, _, where in exports):
         raise UserError(f"--export: got {export}; needed: {' or '.join(f'{kind}=DIR' for kind in EXPORTS)}")
+    # Shards in turn, not in blocks: neighbours are of one download, and as large and slow as each other.
+    shards = _part(part)
+    work = index_shards if part else build_manifest
     data, storage, directory = _data_of(recipe, overrides)
     results = []
     for config in data.sources:
-        names = expand(config, storage.root)
+        names = expand(config, storage.root)[shards]
         with _shard_progress(config.name, len(names)) as show:
-            manifest = build_manifest(config, names, storage, directory, jobs=jobs, salvage=salvage, progress=show)
+            manifest = work(config, names, storage, directory, jobs=jobs, salvage=salvage, progress=show)
         for row in manifest.shards if exports else ():
             for kind, _, where in exports:
                 with _written_to("--export", where):
@@ -98,6 +105,16 @@ def data_index(
         gigabytes = f"{r['num_bytes'] / 1e9:.2f}"
         table.add_row(r["source"], f"{r['shards']:,}", gigabytes, f"{r['samples']:,}", f"{r['eligible']:,}", unusual)
     Console().print(table)
+
+
+def _part(text: str | None) -> slice:
+    """`1/8`: every eighth, from the second."""
+    if text is None:
+        return slice(None)
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
+        raise UserError(f"--part: got {text}; needed: I/N with I from 0 to N - 1, such as 0/8")
+    return slice(int(first), None, int(count))
 
 
 def _summary(manifest: Any) -> dict[str, Any]:

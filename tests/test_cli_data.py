@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,25 @@ def test_salvage_and_export(m3i: Any, chosen: Path, data: Path, tmp_path: Path) 
     both = ["--export", f"energon={tmp_path}/e", "--export", f"dali={tmp_path}/d"]
     assert m3i("data", "index", chosen, "--salvage", *both)[0] == 0
     assert sorted(p.name for p in (tmp_path / "d").iterdir())[0] == "first-000000.idx"
+
+
+def test_parts_are_indexed_apart_and_joined(m3i: Any, chosen: Path, data: Path) -> None:
+    for number in range(1, 5):  # five shards of the first source
+        shutil.copy(data / "first-000000.tar", data / f"first-{number:06d}.tar")
+    index, parts = data / ".m3i", []
+    for part in range(3):
+        status, out, _ = m3i("data", "index", chosen, "--part", f"{part}/3", "--json")
+        assert status == 0
+        parts.append([r["shards"] for r in json.loads(out)])
+    assert parts == [[2, 1, 1], [2, 0, 0], [1, 0, 0]]
+    assert not list(index.glob("*.jsonl"))
+    written = {p: p.stat().st_mtime_ns for p in index.rglob("*.index")}
+    status, out, _ = m3i("data", "index", chosen, "--json")
+    assert status == 0 and [r["samples"] for r in json.loads(out)] == [60, 12, 12]
+    assert len(written) == 7 and {p: p.stat().st_mtime_ns for p in index.rglob("*.index")} == written
+    assert m3i("data", "check", chosen)[0] == 0
+    for wrong in ("3/3", "1", "/2", "-1/3", "a/b", "0/0"):
+        assert f"--part: got {wrong}; needed: I/N" in m3i.refused("data", "index", chosen, f"--part={wrong}")
 
 
 def test_mistakes_are_one_line(m3i: Any, chosen: Path, data: Path, tmp_path: Path) -> None:

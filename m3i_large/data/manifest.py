@@ -141,7 +141,7 @@ def eligible_rows(index: ShardIndex, config: SourceConfig) -> np.ndarray:
     return np.flatnonzero(good)
 
 
-def build_manifest(
+def index_shards(
     config: SourceConfig,
     names: Sequence[str],
     storage: Storage,
@@ -151,9 +151,10 @@ def build_manifest(
     salvage: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Indexes the shards that have no valid index yet and writes the source's manifest.
+    """Indexes the shards that have no valid index yet; returns a manifest of these shards, not written.
 
-    Stopped halfway, it goes on where it was: every shard's index is written when it is done.
+    Stopped halfway, it goes on where it was: every shard's index is written when it is done. So many machines can each
+    index a part of a source's shards.
 
     Args:
         names: the shards, sorted.
@@ -178,7 +179,14 @@ def build_manifest(
             f"source {config.name}: shard {damaged[0]}{more}; needed: whole tar files, or m3i data index --salvage, "
             "which keeps what comes before the damage"
         )
-    manifest = Manifest(source=config.name, eligibility=eligibility(config), shards=tuple(rows))
+    return Manifest(source=config.name, eligibility=eligibility(config), shards=tuple(rows))
+
+
+def build_manifest(
+    config: SourceConfig, names: Sequence[str], storage: Storage, directory: IndexDirectory, **options: Any
+) -> Manifest:
+    """`index_shards` of all the source's shards, and the manifest written."""
+    manifest = index_shards(config, names, storage, directory, **options)
     with _writing(directory):
         manifest.save(directory.manifest(config.name))
     return manifest

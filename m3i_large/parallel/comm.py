@@ -30,8 +30,8 @@ class Rank:
 def start_distributed(*, timeout_s: float = 1800.0) -> Rank:
     """Joins the process group (NCCL on GPUs, gloo on CPUs); a process started on its own is a world of one.
 
-    Ranks come from the environment: of deepspeed, torchrun or whoever sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-    MASTER_PORT, or of `srun` with one task per GPU (`slurm_environment`).
+    Ranks come from the environment: of deepspeed, torchrun or whoever sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
+    and MASTER_PORT, or of `srun` with one task per GPU (`slurm_environment`).
 
     On CPU machines DeepSpeed would compile a shared-memory collective at the first start (40 s, and a failure where
     there is no C++ compiler); gloo serves as well here, so that operator is declared absent.

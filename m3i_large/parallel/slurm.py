@@ -15,7 +15,7 @@ def slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
     A launcher's RANK counts more: `srun` may start torchrun or deepspeed, whose ranks inherit Slurm's variables. So do
     processes of a batch script outside any step, which have no SLURM_STEP_NUM_TASKS of their own.
 
-    LOCAL_RANK chooses the device. Where Slurm shows each task its own GPU alone (`--gpus-per-task=1`), that is device 0.
+    LOCAL_RANK chooses the device: 0 where Slurm shows each task its own GPU alone (`--gpus-per-task=1`).
 
     MASTER_ADDR and MASTER_PORT are taken over where the script set them; else the step's first machine, and a port by
     job and step, so that two steps on one machine do not meet.
