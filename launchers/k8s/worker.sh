@@ -4,6 +4,7 @@
 set -euo pipefail
 
 hostfile=$(mktemp)
+trap 'rm -f "$hostfile"' EXIT
 for ((node = 0; node < NUM_NODES; node++)); do
     echo "node-$node slots=$GPUS_PER_NODE" # only counted: without ssh nobody looks the names up
 done >"$hostfile"
@@ -15,8 +16,12 @@ launcher=$!
 
 # The kubelet's SIGTERM is for this script alone. The ranks get it (children of the launcher's child), not the launcher:
 # that would kill them after 30 s, whatever they are saving. Waiting goes on until they have ended by themselves.
+# shellcheck disable=SC2329 # the trap invokes it
 warn() {
-    pkill -TERM -P "$(pgrep -d, -P "$launcher")" || kill -TERM "$launcher"
+    local child ranks=()
+    read -r child <"/proc/$launcher/task/$launcher/children" &&
+        read -ra ranks <"/proc/$child/task/$child/children"
+    kill -TERM "${ranks[@]:-$launcher}"
 }
 trap warn TERM
 status=0
