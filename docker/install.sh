@@ -17,7 +17,7 @@ if command -v nvcc >/dev/null; then
     export DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1
 fi
 # DeepSpeed comes as source and builds itself with the torch and setuptools that are there.
-"${install[@]}" --no-build-isolation -r "$locks/lock_source.txt"
+"${install[@]}" --no-build-isolation --use-pep517 -r "$locks/lock_source.txt"
 
 # The bill of materials, by a tool that is not part of the image.
 python3 -m venv /tmp/sbom
