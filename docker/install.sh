@@ -4,6 +4,7 @@ set -euo pipefail
 venv=$1
 locks=$(dirname "$0")
 
+unset PIP_CONSTRAINT # NVIDIA's images hold pip to their own versions by it; the locks say which
 # What the base brings (NVIDIA's PyTorch, Apex) stays visible and is not replaced.
 python3 -m venv --system-site-packages "$venv"
 pip=("$venv/bin/pip" --no-cache-dir --disable-pip-version-check)

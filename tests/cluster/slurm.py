@@ -147,7 +147,8 @@ def crashed_and_preempted(check: Check, expected: list[float]) -> None:
     check.run("scontrol", "requeue", job.id)
     job.ends("COMPLETED", restarts=2)
     check.expect(check.losses(job.out, LONG) == expected, "the losses of the preempted job are others")
-    check.expect(job.events().count("start") == 3 and "preempt" in job.events(), f"events are {job.events()}")
+    events = job.events()
+    check.expect((events.count("start"), events.count("resume"), events.count("preempt")) == (1, 2, 1), str(events))
     check.proven(f"scontrol requeue: saved on SIGTERM, resumed, {LONG} losses of the uninterrupted run, bit by bit")
 
 
@@ -168,7 +169,7 @@ def mistaken(check: Check) -> None:
     job.ends("FAILED", restarts=0, exit_code="2:0")
     lines = [line for line in job.log.read_text().splitlines() if line.startswith("error: ")]
     check.expect(len(lines) == 1 and "train.stepz" in lines[0], f"the log says {job.log.read_text()}")
-    check.proven(f"a mistake: status 2, not queued again, one line: {lines[0].partition(";")[0]}")
+    check.proven(f"a mistake: status 2, not queued again, one line: {lines[0].partition(';')[0]}")
 
 
 def indexed(check: Check) -> None:
