@@ -19,8 +19,9 @@ launcher=$!
 # shellcheck disable=SC2329 # the trap invokes it
 warn() {
     local child ranks=()
-    read -r child <"/proc/$launcher/task/$launcher/children" &&
-        read -ra ranks <"/proc/$child/task/$child/children"
+    # `read` is false where no newline follows, and none does.
+    read -r child <"/proc/$launcher/task/$launcher/children" || true
+    [ -z "$child" ] || read -ra ranks <"/proc/$child/task/$child/children" || true
     kill -TERM "${ranks[@]:-$launcher}"
 }
 trap warn TERM

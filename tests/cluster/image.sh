@@ -28,12 +28,14 @@ done_with "packages, $(du -shL "$wheels" | cut -f 1)"
 
 buildah build --quiet --pull-never --format docker --target cpu --tag localhost/m3i-large:cpu \
     --build-arg BASE=localhost/base --build-arg COMMIT="$(git rev-parse HEAD)" \
+    --build-arg VERSION="$("$work/venv/bin/python" setup.py --version)" \
     --secret "id=pip,src=$work/pip.conf" --volume "$wheels:/wheels:ro" --file docker/Dockerfile .
 done_with "build"
 
 container=$(buildah from --pull-never localhost/m3i-large:cpu)
 inside() { buildah run "$container" -- "$@"; }
 [ "$(inside id -u)" = 1000 ] || { echo "the image runs as $(inside id -un), not as its user" >&2; exit 1; }
+buildah inspect --type image localhost/m3i-large:cpu | grep -q "image.revision.*$(git rev-parse HEAD)"
 inside bash -c '! test -s /etc/pip.conf && ! test -e .git' # no secret, no history
 inside bash docker/smoke.sh
 done_with "smoke test"
