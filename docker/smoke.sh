@@ -8,7 +8,9 @@ if [ "$(id -u)" = 0 ]; then
 fi
 python docker/smoke.py
 out=$(mktemp -d)
-deepspeed launchers/pretrain.py --ds ds_configs/zero3.json --out "$out/run" \
+# A free port: a container that shares its host's network may have other runs beside it.
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+deepspeed --master_port "$port" launchers/pretrain.py --ds ds_configs/zero3.json --out "$out/run" \
     data.root="$out/data" train.steps=3 train.picture_every=0
 python - "$out/run" <<'PYTHON'
 import math

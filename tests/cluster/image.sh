@@ -39,7 +39,7 @@ buildah inspect --type image localhost/m3i-large:cpu | grep -q "image.revision.*
 inside bash -c '! test -s /etc/pip.conf && ! test -e .git' # no secret, no history
 inside bash docker/smoke.sh
 done_with "smoke test"
-demo=(deepspeed launchers/pretrain.py --ds ds_configs/zero3.json train.steps=5)
+demo=(deepspeed --master_port 28123 launchers/pretrain.py --ds ds_configs/zero3.json train.steps=5)
 inside "${demo[@]}"
 inside "${demo[@]}" 2>&1 | tee "$work/again.log"
 grep -q "finished" "$work/again.log"
