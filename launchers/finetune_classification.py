@@ -2,7 +2,7 @@
 
 import sys
 
-from m3i_large.cli_finetune import finetune_classification
+from m3i_large.cli_launch import finetune_classification
 
 if __name__ == "__main__":
     sys.exit(finetune_classification(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from m3i_large.cli_finetune import finetune_detection
+from m3i_large.cli_launch import finetune_detection
 
 if __name__ == "__main__":
     sys.exit(finetune_detection(sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from m3i_large.cli_finetune import finetune_segmentation
+from m3i_large.cli_launch import finetune_segmentation
 
 if __name__ == "__main__":
     sys.exit(finetune_segmentation(sys.argv[1:]))

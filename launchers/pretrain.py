@@ -2,7 +2,7 @@
 
 import sys
 
-from m3i_large.cli import pretrain
+from m3i_large.cli_launch import pretrain
 
 if __name__ == "__main__":
     sys.exit(pretrain(sys.argv[1:]))

@@ -1,14 +1,8 @@
-"""Commands: `m3i ...` and what the launchers call. Exit status 0 success, 2 user error (one line), 1 anything else.
+"""The commands `m3i ...`. Exit status 0 success, 2 user error (one line), 1 anything else."""
 
-`pretrain` alone has one more, REQUEUE: stopped by a signal, everything saved, to be started again.
-"""
-
-import argparse
 import json
 import os
 import sys
-import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +13,9 @@ from rich.table import Column, Table
 
 from m3i_large.cli_data import data_app
 from m3i_large.cli_export import export_command, import_command, verify_command
+from m3i_large.cli_launch import guarded, pretrain_options
 from m3i_large.cli_plan import plan_command
-from m3i_large.errors import REQUEUE, DivergenceError, OutageError, UserError
+from m3i_large.errors import UserError
 
 app = typer.Typer(
     help="M3I pre-training: recipes, data, evaluation, reports. Every command takes --debug (traceback of an error).",
@@ -37,72 +32,6 @@ app.command("plan")(plan_command)
 app.command("export")(export_command)
 app.command("verify")(verify_command)
 app.command("import")(import_command)
-
-
-def guarded(command: Callable[[], int], *, debug: bool = False) -> int:
-    """Runs a command; a user's mistake becomes one line on standard error and status 2, an outage one and status 1."""
-    try:
-        return command()
-    except (UserError, OutageError, DivergenceError) as error:
-        if debug:
-            traceback.print_exc()
-        elif isinstance(error, OutageError) or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            # A mistake is every rank's; an outage may be one's alone.
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-
-
-def pretrain_options(arguments: list[str]) -> argparse.Namespace:
-    """The options of launchers/pretrain.py."""
-    parser = argparse.ArgumentParser(prog="pretrain.py", description="Pre-train one recipe under DeepSpeed ZeRO-3.")
-    parser.add_argument("--ds", type=Path, required=True, help="DeepSpeed JSON file: sharding and offload only")
-    parser.add_argument("--recipe", default="demo", help="name of a shipped recipe or a YAML file (default: demo)")
-    parser.add_argument("--out", type=Path, default=None, help="run directory (default: runs/<recipe>)")
-    parser.add_argument(
-        "--resume",
-        default="auto",
-        help="auto, never, a run or checkpoint directory, the URL of copies (default: auto)",
-    )
-    parser.add_argument(
-        "--profile", default=None, metavar="START:STEPS", help="steps whose trace goes to <out>/profile"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a user error")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="recipe fields to change, or scale=demo")
-    return parser.parse_intermixed_args(arguments)
-
-
-def pretrain(arguments: list[str]) -> int:
-    """Entry of launchers/pretrain.py; returns the exit status."""
-    options = pretrain_options(arguments)
-
-    def run() -> int:
-        from m3i_large.recipe import load_recipe
-
-        recipe = load_recipe(options.recipe, options.overrides)
-        if not options.ds.is_file():
-            raise UserError(
-                f"--ds: got {options.ds}, which does not exist; needed: a file such as ds_configs/zero3.json"
-            )
-        # Importing the trainer takes seconds (DeepSpeed, transformers): only once the arguments make sense.
-        from m3i_large.parallel.comm import start_distributed, stop_distributed
-        from m3i_large.profiling import Window
-        from m3i_large.stop_signals import Stopped
-        from m3i_large.train import train
-
-        profile = Window.parse(options.profile) if options.profile else None
-        out = options.out or Path("runs") / recipe.name
-        rank = start_distributed()
-        try:
-            outcome = train(recipe, ds=options.ds, out=out, resume=options.resume, rank=rank, profile=profile)
-        except Stopped as stopped:
-            print(f"{out}: {stopped}", file=sys.stderr)
-            outcome = "interrupted"
-        finally:
-            stop_distributed()
-        return {"finished": 0, "interrupted": REQUEUE}.get(outcome, 1)
-
-    return guarded(run, debug=options.debug)
 
 
 @app.command("recipes")
@@ -251,11 +180,28 @@ def supervise_command(
 
 
 @app.command("report")
-def report_command(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
-    """Writes report.html into a run directory: one file that opens from disk."""
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are shown beside each other.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write (default: RUN/report.html; report.html here for several runs).")
+    ] = None,
+) -> None:
+    """Writes one HTML file that opens from disk about a run, or several, finished or going on."""
     from m3i_large.report import write_report
 
-    print(f"report: {write_report(run)}")
+    print(f"report: {write_report(runs, out=out)}")
+
+
+@app.command("watch")
+def watch_command(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print what there is now, and end.")] = False,
+) -> None:
+    """Shows a run in the terminal while it goes on: losses, speed, schedules, collapse, events."""
+    from m3i_large.watch import watch
+
+    watch(run, every=every, once=once)
 
 
 @app.command("study")

@@ -86,7 +86,7 @@ def data_index(
     work = index_shards if part else build_manifest
     data, storage, directory = _data_of(recipe, overrides)
     results = []
-    for config in data.sources:
+    for config in [*data.sources, *data.heldout]:
         names = expand(config, storage.root)[shards]
         with _shard_progress(config.name, len(names)) as show:
             manifest = work(config, names, storage, directory, jobs=jobs, salvage=salvage, progress=show)
@@ -149,7 +149,7 @@ def data_check(
 
     data, storage, directory = _data_of(recipe, overrides)
     problems: dict[str, list[str]] = {}
-    for config in data.sources:
+    for config in [*data.sources, *data.heldout]:
         manifest = Manifest.load(directory.manifest(config.name))
         if manifest is None:
             raise UserError(f"source {config.name}: no index in {directory.path}; needed: m3i data index first")

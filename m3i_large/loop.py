@@ -5,6 +5,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from m3i_large.models import LOG_SCALE_BOUNDS
 from m3i_large.objective.signals import collapsed
 from m3i_large.parallel.comm import Rank, barrier, gather_objects, highest
 from m3i_large.parallel.engine import Engine
+from m3i_large.parallel.partitions import full_shape
 from m3i_large.parallel.sharded_ema import ShardedEMA
 from m3i_large.parallel.state import Slice
 from m3i_large.parallel.watchdog import Watchdog
-from m3i_large.pictures import write_input_picture
+from m3i_large.pictures import Pictures
 from m3i_large.profiling import Profile
 from m3i_large.progress import Progress
 from m3i_large.recipe import Recipe
@@ -57,6 +59,7 @@ class Loop:
     saver: CheckpointWriter
     guard: Guard
     profile: Profile
+    pictures: Pictures
     reports: list[Report] = field(default_factory=list)  # what was found when the checkpoint was looked for
     origin: Checkpoint | None = None  # where the run started from
     flops: Flops | None = None
@@ -78,6 +81,8 @@ class Loop:
         done = start
         for step in range(start, self.steps):
             self.profile.at(step)
+            if self.pictures.due(step):
+                self._look(step)
             self.clock.start(step)
             bad, row = self._step(stream, step)
             self.writer.log({"step": step, "samples": (step + 1) * self.recipe.train.global_batch, **row})
@@ -96,7 +101,15 @@ class Loop:
             if number and done < self.steps:
                 self.writer.event("preempt", step=done, signal=signal.Signals(number).name)
                 return self._end("interrupted", step=done)
+        if self.recipe.train.picture_every:
+            self._look(self.steps)
         return self._end("finished", step=done)
+
+    def _look(self, step: int) -> None:
+        """Pictures of the state after `step` updates, and those that have gathered since the last ones."""
+        with self.clock("pictures"):
+            self.pictures.look(self.engine, step)
+        self.writer.pictures(self.pictures.take(), step=step)
 
     def _step(self, stream: Loader, step: int) -> tuple[bool, dict[str, float]]:
         """One step, trained or left out -> whether it and those before it are to be undone; its metrics."""
@@ -131,6 +144,7 @@ class Loop:
             with clock("optimizer"):
                 applied = engine.step(after_update=follow)
             totals.add(losses)
+            self.pictures.losses(batch, losses)
         with clock("reduce"):
             row = totals.row(self.rank, self.mixture.source_names)
         if signals and applied and self.target:
@@ -205,10 +219,22 @@ class Loop:
         self.clock = StepClock(self.rank.device, on_phase=watchdog.mark)
         self.stragglers = Stragglers(factor=recipe.straggler)
         # The order of the sources is that of the audit's source column.
-        sources = [{"name": order.name, "samples": order.n} for order in self.mixture.orders]
-        self.writer.event(
-            "resume" if start else "start", step=start, world=self.rank.world, sources=sources, setup_s=setup_s
-        )
+        draws = self.mixture.position(self.steps)
+        sources = [
+            {"name": order.name, "samples": order.n, "draws_per_step": int(drawn) / self.steps}
+            for order, drawn in zip(self.mixture.orders, draws, strict=True)
+        ]
+        sizes = {name: prod(full_shape(p)) for name, p in self.engine.trainable()}
+        student = sum(size for name, size in sizes.items() if name.startswith("student."))
+        parameters = {"student": student, "trained": sum(sizes.values())}
+        begun = {
+            "world": self.rank.world,
+            "steps": self.steps,
+            "sources": sources,
+            "data": self.data_hash,
+            "parameters": parameters,
+        }
+        self.writer.event("resume" if start else "start", step=start, **begun, setup_s=setup_s)
         self._tell(self.reports)
         self.reports = []
 
@@ -259,9 +285,9 @@ class Loop:
             name = f"attempt_{run.attempt}_rank_{self.rank.rank}_of_{self.rank.world}.jsonl"
             (run.directory / "audit").mkdir(exist_ok=True)
             append_row(run.directory / "audit" / name, {"step": step, "micro_step": micro_step, "samples": samples})
-        every = self.recipe.train.picture_every
-        if every and step % every == 0 and micro_step == 0 and self.rank.is_first:
-            write_input_picture(run.directory / "pictures" / f"step_{step:08d}", batch, self.recipe)
+        if micro_step == 0 and self.pictures.due(step):
+            self.pictures.inputs(batch, step)
+            self.writer.pictures(self.pictures.take(), step=step)
         return batch
 
     def _measured(self, stream: Loader, step: int) -> dict[str, float]:
@@ -294,11 +320,9 @@ class Loop:
         message = f"checkpoint: the last one, step {step}, could not be saved: {failure}" if failure else ""
         self.writer.close()
         if self.rank.is_first:
-            found = self.directory.ended("failed" if failure else outcome, step=step, message=message)
-            more = "" if outcome == "finished" else "; the same command continues"
-            if not failure:
-                self.progress.say(f"{self.directory.directory} {outcome} after {step} of {self.steps} steps{more}")
-                self.progress.say(found.to_text())
+            ended = "failed" if failure else outcome
+            for line in self.directory.ended(ended, step=step, steps=self.steps, message=message):
+                self.progress.say(line)
         barrier()  # the launcher ends all ranks once one has ended otherwise than with 0
         if failure:
             raise OutageError(message)

@@ -5,19 +5,23 @@ import json
 import math
 import os
 import platform
+import subprocess
 import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from m3i_large.errors import UserError
+
+if TYPE_CHECKING:
+    from m3i_large.pictures.sheet import Sheet
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 TAIL_BYTES = 256 * 1024  # many rows; the whole file of a long run is gigabytes
@@ -120,6 +124,15 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def source_commit() -> str | None:
+    """Commit of the code that runs, with `-dirty` where it was changed since; None where it is in no git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def environment(*, world: int, device: torch.device, precision: str, threads: int) -> dict[str, Any]:
     """What env.json holds: machine, versions and the resolved values that resume reuses. No environment variables."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -130,6 +143,7 @@ def environment(*, world: int, device: torch.device, precision: str, threads: in
         "world": world,
         "precision": precision,
         "threads": threads,
+        "commit": source_commit(),
         "command": Path(sys.argv[0]).name,
     }
 
@@ -197,6 +211,18 @@ class MetricsWriter:
                 self._board.add_scalar(key, value, row["step"])
         if self._wandb is not None:
             self._wandb.log({**scalars, "step": row["step"]})
+
+    def pictures(self, sheets: "Sequence[Sheet]", *, step: int) -> None:
+        """Pictures of a step, to TensorBoard and wandb as `pictures/<name>`; the run directory has them already."""
+        for sheet in sheets if self._board is not None or self._wandb is not None else ():
+            name, image = f"pictures/{sheet.name}", sheet.image()
+            if self._board is not None:
+                self._board.add_image(name, image, step, dataformats="HWC")
+                self._board.add_text(name, sheet.caption, step)
+            if self._wandb is not None:
+                import wandb
+
+                self._wandb.log({name: wandb.Image(image, caption=sheet.caption), "step": step})
 
     def event(self, kind: str, *, step: int, **details: Any) -> None:
         """See `event_row`."""

@@ -14,9 +14,13 @@ class OptimConfig(BaseModel):
 
     kind: Literal["torch", "deepspeed", "apex"] = Field("torch", description="whose AdamW; the same formula")
     lr: LearningRateConfig = LearningRateConfig()
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of the two moments")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(
+        0.05,
+        ge=0,
+        description="times the learning rate, of matrices and kernels; none on biases, norms and other 1-D tensors",
+    )
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
 
 

@@ -52,8 +52,11 @@ class TrainConfig(BaseModel):
     )
     steps: int | None = Field(None, gt=0, description="length in optimizer steps; replaces epochs")
     epochs: float | None = Field(None, gt=0, description="length in epochs of every source, weighted by its repeats")
-    seed: int = Field(0, ge=0)
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    seed: int = Field(0, ge=0, description="of everything random: weights, order, crops, masks, partners")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="of the towers; auto: bf16 where the hardware has it. Masters, moments and averages stay fp32",
+    )
     threads: int | None = Field(None, gt=0, description="CPU threads per rank; default: cores / local ranks")
     activation_checkpointing: bool = Field(True, description="recompute each block's activations in the backward pass")
     momentum_ema: MomentumConfig = MomentumConfig()
@@ -71,8 +74,13 @@ class TrainConfig(BaseModel):
     spike: SpikeConfig = SpikeConfig()
     timeout_s: float = Field(600.0, gt=0, description="a rank without progress for so long has hung")
     straggler: float = Field(1.3, gt=1, description="a rank is slow at so many times the median rank's time")
-    tensorboard: bool = True
-    wandb_project: str | None = None
+    report: bool = Field(True, description="write report.html when the run ends")
+    tensorboard: bool = Field(
+        True, description="also log to tensorboard/ of the run directory, where the package is installed"
+    )
+    wandb_project: str | None = Field(
+        None, description="also log to this project of Weights & Biases; offline with WANDB_MODE=offline"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -116,7 +124,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str
+    name: str = Field(description="what the run is called; its directory is runs/<name>")
     backbone: BackboneConfig
     text: TextConfig = TextConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -186,16 +194,18 @@ def validate(values: dict[str, Any]) -> Recipe:
 def _with_specs(values: dict[str, Any]) -> dict[str, Any]:
     """Fills in sources that say `like: NAME` from the ready specs; what they set themselves wins."""
     data: Any = values.get("data")
-    sources = data.get("sources") if isinstance(data, dict) else None
-    if not isinstance(sources, list) or not any(isinstance(s, dict) and "like" in s for s in sources):
+    if not isinstance(data, dict):
         return values
-    filled = []
-    for source in sources:
-        if isinstance(source, dict) and "like" in source:
-            own = {key: value for key, value in source.items() if key != "like"}
-            source = merge(read_yaml(locate(str(source["like"]), SPECS, what="data.sources.like")), own)
-        filled.append(source)
-    return {**values, "data": {**data, "sources": filled}}
+    given = {key: data[key] for key in ("sources", "heldout") if isinstance(data.get(key), list)}
+    filled = {key: [_with_spec(source, key) for source in sources] for key, sources in given.items()}
+    return {**values, "data": {**data, **filled}}
+
+
+def _with_spec(source: Any, key: str) -> Any:
+    if not isinstance(source, dict) or "like" not in source:
+        return source
+    own = {name: value for name, value in source.items() if name != "like"}
+    return merge(read_yaml(locate(str(source["like"]), SPECS, what=f"data.{key}.like")), own)
 
 
 def _at_demo_scale(values: dict[str, Any]) -> dict[str, Any]:

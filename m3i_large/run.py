@@ -13,12 +13,12 @@ import torch
 from m3i_large import checkpoint
 from m3i_large.data.storage import is_url
 from m3i_large.errors import DivergenceError, OutageError, UserError
-from m3i_large.goodput import Goodput, goodput
+from m3i_large.goodput import goodput
 from m3i_large.metrics import EVENTS, METRICS, append_row, create_json, event_row, iterate_rows, last_rows, write_json
 from m3i_large.parallel.comm import Rank, local_ranks
 from m3i_large.recipe import validate
 from m3i_large.recipe_file import yaml_values
-from m3i_large.stop_signals import Stopped
+from m3i_large.stop_signals import Stopped, StopSignals
 
 Outcome = Literal["finished", "interrupted", "failed"]
 RECIPE, ENV, EXIT = "recipe.yaml", "env.json", "exit.json"
@@ -42,22 +42,41 @@ R = TypeVar("R", bound=AnyRecipe)
 
 @dataclass(frozen=True)
 class Run:
-    """An opened run directory: its resolved recipe, the number of this start, and the checkpoint to continue from."""
+    """An opened run directory.
+
+    Attributes:
+        recipe: resolved.
+        attempt: number of this start.
+        resume_from: the checkpoint to continue from.
+        report: writes the report of a directory whose run has ended, in whatever way; what it returns is for people.
+    """
 
     directory: Path
     recipe: AnyRecipe
     attempt: int
     resume_from: Path | None
+    report: Callable[[Path], str] | None = None
 
     @property
     def checkpoints(self) -> Path:
         """Where this run's checkpoints lie."""
         return self.directory / "checkpoints"
 
-    def ended(self, outcome: Outcome, *, step: int, message: str = "") -> Goodput:
-        """Writes exit.json, which supervisors trust more than the launcher's exit status, and the `end` event."""
+    def ended(self, outcome: Outcome, *, step: int, steps: int, message: str = "") -> list[str]:
+        """Writes exit.json, which supervisors trust more than the launcher's exit status, the `end` event, the report.
+
+        Args:
+            step: how many of the run's `steps` are done.
+            message: what went wrong.
+
+        Returns lines for people; what went wrong is not among them.
+        """
         write_json(self.directory / EXIT, self._exit(outcome, step, message))
-        return self._add_goodput(outcome, step, message)
+        more = "" if outcome == "finished" else "; the same command continues"
+        return [
+            f"{self.directory} {outcome} after {step} of {steps} steps{more}",
+            *self._account(outcome, step, message),
+        ]
 
     def failed(self, message: str) -> None:
         """As `ended`, by whichever rank fails first, as the others' failures follow from its own. Once begun only."""
@@ -69,7 +88,7 @@ class Run:
         attempts = [row["attempt"] for row in iterate_rows(self.directory / EVENTS)]  # a reload counts as one
         run = replace(self, attempt=max([self.attempt, *attempts]))
         if create_json(self.directory / EXIT, run._exit("failed", step, message)):
-            run._add_goodput("failed", step, message)
+            run._account("failed", step, message)
 
     def event(self, kind: str, *, step: int, **details: Any) -> None:
         """A row of events.jsonl, from any rank; see `event_row`."""
@@ -78,12 +97,12 @@ class Run:
     def _exit(self, outcome: Outcome, step: int, message: str) -> dict[str, Any]:
         return {"outcome": outcome, "step": step, "attempt": self.attempt, "message": message}
 
-    def _add_goodput(self, outcome: Outcome, step: int, message: str) -> Goodput:
+    def _account(self, outcome: Outcome, step: int, message: str) -> list[str]:
         """Reads all rows, which takes seconds: exit.json is there before, as a kill may follow."""
         found = goodput(self.directory)
         write_json(self.directory / EXIT, self._exit(outcome, step, message) | {"goodput": found.to_dict()})
         self.event("end", step=step, outcome=outcome, message=message, goodput=found.to_dict())
-        return found
+        return [found.to_text()] + ([self.report(self.directory)] if self.report else [])
 
 
 @contextmanager
@@ -96,7 +115,9 @@ def failures_recorded(run: Run) -> Iterator[None]:
     except BaseException as error:
         text = str(error).strip().split("\n")[0]
         known = isinstance(error, UserError | OutageError | DivergenceError)
-        with suppress(OSError):  # a disk that takes nothing must not hide what ended the run
+        # The launcher ends all ranks once one has: this one is still to write its report, and to print what is wrong. A
+        # disk that takes nothing must not hide what ended the run.
+        with StopSignals(), suppress(OSError):
             run.failed(text if known else f"{type(error).__name__}: {text}")
         raise
 
@@ -157,7 +178,12 @@ def resolve(
 
 
 def open_run(
-    directory: Path, recipe: AnyRecipe, *, resume: str, parse: Callable[[dict[str, Any]], Any] = validate
+    directory: Path,
+    recipe: AnyRecipe,
+    *,
+    resume: str,
+    parse: Callable[[dict[str, Any]], Any] = validate,
+    report: Callable[[Path], str] | None = None,
 ) -> Run:
     """Checks, without writing, that `recipe` may run in `directory`, and finds the checkpoint to continue from.
 
@@ -165,6 +191,7 @@ def open_run(
         recipe: resolved (see `resolve`).
         resume: `auto` (the newest checkpoint of this run, if any), `never` (a fresh directory is needed), or a
             checkpoint or run directory, or the URL of copies, to start from.
+        report: see `Run`; kept where the recipe wants one.
 
     Raises:
         UserError: the directory holds another recipe's run or other files, or the checkpoint is not there.
@@ -178,7 +205,8 @@ def open_run(
     if previous is not None and resume == "never":
         raise UserError(f"--resume never: {directory} already holds a run; choose another --out")
     attempt = 1 + max((row["attempt"] for row in iterate_rows(directory / EVENTS)), default=-1)
-    return Run(directory, recipe, attempt, _resume_point(directory, resume))
+    wanted = report if recipe.train.report else None
+    return Run(directory, recipe, attempt, _resume_point(directory, resume), wanted)
 
 
 def _resume_point(directory: Path, resume: str) -> Path | None:
@@ -274,14 +302,17 @@ def begin(run: Run, env: dict[str, Any]) -> None:
 
 
 def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
-    old, new = _flat(a), _flat(b)
+    old, new = flat_values(a), flat_values(b)
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     return f"{changed[0]} is {old.get(changed[0])!r} there, {new.get(changed[0])!r} here" if changed else "same values"
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat_values(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted name; a list is a value."""
     if isinstance(value, dict):
         return {
-            k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()
+            k: v
+            for key, item in value.items()
+            for k, v in flat_values(item, f"{prefix}.{key}" if prefix else key).items()
         }
     return {prefix: value}

@@ -14,7 +14,9 @@ class LearningRateConfig(BaseModel):
     peak: float = Field(1e-3, gt=0, description="highest learning rate")
     warmup: float = Field(0.1, ge=0, le=1, description="share of all steps spent warming up")
     final: float = Field(0.0, ge=0, description="learning rate of the last step")
-    decay: Literal["cosine", "constant"] = "cosine"
+    decay: Literal["cosine", "constant"] = Field(
+        "cosine", description="after the warm-up: cosine to `final`, or constant at `peak`"
+    )
 
 
 class MomentumConfig(BaseModel):
@@ -22,8 +24,8 @@ class MomentumConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    base: float = Field(0.995, ge=0, le=1)
-    final: float = Field(1.0, ge=0, le=1)
+    base: float = Field(0.995, ge=0, le=1, description="at the first step")
+    final: float = Field(1.0, ge=0, le=1, description="at the last step")
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

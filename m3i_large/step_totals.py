@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from m3i_large.objective.totals import ROWS
 from m3i_large.parallel.comm import ProcessGroupCollectives, Rank
 
 
@@ -18,6 +19,8 @@ class StepTotals:
     def add(self, losses: dict[str, Tensor]) -> None:
         """Takes one micro-step's output of the objective."""
         for key, value in losses.items():
+            if key.startswith(ROWS):
+                continue
             self._values[key].append(value.detach().double())
 
     def row(self, rank: Rank, sources: Iterable[str]) -> dict[str, float]:

@@ -51,13 +51,13 @@ class StepClock:
         self._seconds[phase] += time.perf_counter() - began
 
     def row(self) -> dict[str, float]:
-        """Seconds of the step so far, and of its phases; a checkpoint counts in the row that follows it."""
+        """Seconds of the step so far, and of its phases; checkpoints and pictures count in the row that follows."""
         for phase, begin, end in self._events:
             self._seconds[phase] += begin.elapsed_time(end) / 1000
         self._events.clear()
         self._seconds["optimizer"] -= self._seconds["ema"]  # which is done inside, while weights are in memory
         taken, self._seconds = self._seconds, defaultdict(float)
-        times = {f"time/{phase}_s": taken[phase] for phase in (*DEVICE_PHASES, "checkpoint")}
+        times = {f"time/{phase}_s": taken[phase] for phase in (*DEVICE_PHASES, "checkpoint", "pictures")}
         return {"data/wait_s": taken["data"], "time/step_s": time.perf_counter() - self._began, **times}
 
 

@@ -21,10 +21,12 @@ from m3i_large.micro_step import micro_step
 from m3i_large.parallel.comm import Rank, barrier, gather_objects
 from m3i_large.parallel.ds_config import StepSizes, read_ds_config
 from m3i_large.parallel.watchdog import Beat, Watchdog, describe
+from m3i_large.pictures import Pictures
 from m3i_large.plan import flops_per_sample, peak_flops
 from m3i_large.profiling import Profile, Window
 from m3i_large.progress import Progress
 from m3i_large.recipe import Recipe
+from m3i_large.report import report_at_the_end
 from m3i_large.run import (
     Outcome,
     Run,
@@ -64,7 +66,7 @@ def train(recipe: Recipe, *, ds: Path, out: Path, resume: str, rank: Rank, profi
     require_wandb(recipe.train.wandb_project)
     recipe = resolve(recipe, out, rank.device)
     torch.set_num_threads(recipe.train.threads or 1)
-    run = open_run(out, recipe, resume=resume)
+    run = open_run(out, recipe, resume=resume, report=report_at_the_end)
     with failures_recorded(run):
         with stopping_at_once():
             ready = _set_up(recipe, run, ds=ds, resume=resume, rank=rank, profile=profile)
@@ -99,6 +101,7 @@ def _set_up(
         return None
 
     flops = _flops(recipe, rank)
+    pictures = Pictures(recipe, run.directory, sources, rank)
     engine, target = build_engine(recipe, ds_config, rank, fresh=saved is None)
     if saved:
         restore(saved, engine, target)
@@ -122,6 +125,7 @@ def _set_up(
         saver=checkpoint_writer(run, rank),
         guard=_guard(recipe, run, saved, rank),
         profile=Profile(profile, run=run.directory, rank=rank),
+        pictures=pictures,
         reports=found,
         origin=saved,
         flops=flops,
@@ -192,5 +196,5 @@ def _report_hang(run: Run, behind: list[Beat]) -> None:
     message = f"no progress: {describe(behind)}"
     ranks = [{"rank": beat.rank, "host": beat.host, "step": beat.step, "phase": beat.phase} for beat in behind]
     run.event("incident", step=max(0, behind[0].step), what="hang", ranks=ranks)
-    run.failed(message)
     sys.stderr.write(f"error: {message}; stacks of all ranks: {run.directory / 'stacks'}\n")
+    run.failed(message)

@@ -21,7 +21,7 @@ class ViewConfig(BaseModel):
     jitter: tuple[float, float, float, float] = Field(
         (0.4, 0.4, 0.2, 0.1), description="strength of brightness, contrast, saturation (factor 1 +- s) and hue (turns)"
     )
-    jitter_probability: float = Field(0.8, ge=0, le=1)
+    jitter_probability: float = Field(0.8, ge=0, le=1, description="probability of jitter")
     grey: float = Field(0.2, ge=0, le=1, description="probability of greyscale")
     blur: float = Field(0.1, ge=0, le=1, description="probability of Gaussian blur, sigma 0.1 to 2 pixels at 224")
     solarize: float = Field(0.2, ge=0, le=1, description="probability of inverting everything above one half")
@@ -47,7 +47,7 @@ class BadSampleBudget(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     share: float = Field(0.01, ge=0, le=1, description="of the last `window` samples")
-    window: int = Field(10_000, gt=0)
+    window: int = Field(10_000, gt=0, description="samples of a source that the share is of")
     in_a_row: int = Field(32, gt=0, description="one after the other: the shard or the storage is at fault")
 
 
@@ -59,13 +59,20 @@ class DataConfig(BaseModel):
     root: str = Field(description="directory that the sources' shards are relative to")
     embedded: bool = Field(False, description="build the embedded data set in `root` if it is not there")
     sources: list[SourceConfig] = Field(min_length=1)
+    heldout: list[SourceConfig] = Field(
+        [], description="pictures that are never trained on, which the run is watched by (train.picture_every)"
+    )
     image_size: int = Field(224, gt=0, description="side of the square views in pixels")
     num_classes: int = Field(21841, gt=0, description="classes of the image-category sources together")
     lanes: int | None = Field(None, gt=0, description="V of the sampler; default: from global_batch alone")
     target_view: ViewConfig = ViewConfig(blur=0.1, solarize=0.2)
     other_view: ViewConfig = ViewConfig(blur=1.0, solarize=0.0)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406), description="of the pixels in [0, 1], per channel, subtracted"
+    )
+    std: tuple[float, float, float] = Field(
+        (0.229, 0.224, 0.225), description="of the pixels in [0, 1], per channel, divided by"
+    )
     index: str | None = Field(None, description="directory of the shards' indexes; default: .m3i in a local root")
     threads: int = Field(2, ge=0, description="decoding threads of the loader's process; 0 = no process, for tests")
     io_threads: int = Field(8, gt=0, description="threads that read blocks ahead of time")

@@ -140,3 +140,13 @@ def blur(image_HWC: np.ndarray, sigma: float) -> np.ndarray:
     # Half the time of cv2.GaussianBlur, whose path for bytes is in fixed point.
     kernel = cv2.getGaussianKernel(round(6 * sigma + 1) | 1, sigma)
     return cv2.sepFilter2D(image_HWC, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT)
+
+
+def whole_square(image_HWC: np.ndarray, size: int) -> np.ndarray:
+    """The whole picture as a square: shorter side to `size`, then the centre."""
+    height, width = image_HWC.shape[:2]
+    scale = size / min(height, width)
+    shape = (max(size, round(width * scale)), max(size, round(height * scale)))
+    resized = cv2.resize(image_HWC, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+    return np.ascontiguousarray(resized[top : top + size, left : left + size])

@@ -14,8 +14,8 @@ class Nominal(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    samples: int = Field(gt=0)
-    shards: int = Field(gt=0)
+    samples: int = Field(gt=0, description="how many it has")
+    shards: int = Field(gt=0, description="how many tar files it has")
     mean_bytes: int = Field(gt=0, description="bytes of a sample")
 
 
@@ -36,8 +36,10 @@ class SourceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
-    kind: Kind
+    name: str = Field(
+        min_length=1, pattern=r"^[\w.-]+$", description="of its metrics (loss/<term>/<name>) and its index"
+    )
+    kind: Kind = Field(description="what a sample has beside its image: a text, a class, nothing")
     shards: list[str] | str = Field(
         description="paths relative to data.root, or URLs; {000000..000003} expands, and * in local paths"
     )

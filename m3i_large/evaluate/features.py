@@ -11,13 +11,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_large.data.decode import decode_rgb
+from m3i_large.data.decode import decode_rgb, whole_square
 from m3i_large.data.index import index_shard
 from m3i_large.data.manifest import IndexDirectory
 from m3i_large.data.source_config import Kind, SourceConfig
@@ -100,7 +99,7 @@ class Pictures:
 
     def _read(self, number: int) -> tuple[np.ndarray, RawSample]:
         raw = self._source.read(number, meta=True)
-        return _resize(decode_rgb(raw.image), self._size), raw
+        return whole_square(decode_rgb(raw.image), self._size), raw
 
 
 def _open(directory: Path, kind: Kind, index: Path) -> Source:
@@ -115,16 +114,6 @@ def _open(directory: Path, kind: Kind, index: Path) -> Source:
         )
     config = SourceConfig(name="evaluation", kind=kind, shards=fitting)
     return Source.open(config, storage, IndexDirectory(directory, index))
-
-
-def _resize(image_HWC: np.ndarray, size: int) -> np.ndarray:
-    """The whole picture as a square: shorter side to `size`, then the centre."""
-    height, width = image_HWC.shape[:2]
-    scale = size / min(height, width)
-    shape = (max(size, round(width * scale)), max(size, round(height * scale)))
-    resized = cv2.resize(image_HWC, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
-    return np.ascontiguousarray(resized[top : top + size, left : left + size])
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,7 @@ class Encoder:
 
     def tokens(self, pixels_NHWC: Tensor) -> Tensor:
         """uint8 pixels -> (N, L, D): the objective's tokens of the student, or a backbone's last map."""
-        pixels = pixels_NHWC.to(self.device).float() / 255
-        mean, std = torch.tensor(self.mean, device=self.device), torch.tensor(self.std, device=self.device)
-        image_NCHW = ((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()
+        image_NCHW = as_image(pixels_NHWC.to(self.device), mean=self.mean, std=self.std)
         if self.objective is not None:
             return self.objective.student.tokens(image_NCHW)
         return self.backbone(image_NCHW)[-1].flatten(2).transpose(1, 2)
@@ -50,6 +48,12 @@ class Encoder:
         """Attention pool, or the mean where there is none -> (N, E)."""
         pool = self.objective.pool if self.objective is not None else None
         return token_NLD.mean(1) if pool is None else pool(token_NLD)
+
+
+def as_image(pixels_NHWC: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 pixels -> (N, 3, H, W), float32, normalised: a whole picture as an encoder is shown it."""
+    centre, spread = (torch.tensor(values, device=pixels_NHWC.device) for values in (mean, std))
+    return ((pixels_NHWC.float() / 255 - centre) / spread).permute(0, 3, 1, 2).contiguous()
 
 
 def load_encoders(path: Path, *, branch: str = "student", device: torch.device | None = None) -> dict[str, Encoder]:

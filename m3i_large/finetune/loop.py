@@ -224,7 +224,7 @@ class Loop:
         )
         self.clock = StepClock(self.rank.device, on_phase=watchdog.mark)
         event = event or ("resume" if start else "start")
-        self.writer.event(event, step=start, world=self.rank.world, setup_s=setup_s)
+        self.writer.event(event, step=start, world=self.rank.world, steps=self.steps, setup_s=setup_s)
         if self.rank.is_first:
             for note in self.task.notes:
                 self.progress.say(note)
@@ -243,9 +243,9 @@ class Loop:
         self.writer.close()
         message = f"checkpoint: the last one, step {step}, could not be saved: {failure}" if failure else ""
         if self.rank.is_first:
-            self.directory.ended("failed" if failure else outcome, step=step, message=message)
-            more = "" if outcome == "finished" else "; the same command continues"
-            self.progress.say(f"{self.directory.directory} {outcome} after {step} of {self.steps} steps{more}")
+            ended = "failed" if failure else outcome
+            for line in self.directory.ended(ended, step=step, steps=self.steps, message=message):
+                self.progress.say(line)
         barrier()  # the launcher ends all ranks once one has ended otherwise than with 0
         if failure:
             raise OutageError(message)

@@ -28,7 +28,7 @@ class FinetuneBackbone(BaseModel):
 class FinetuneOptimConfig(OptimConfig):
     """AdamW with a learning rate that falls from head to stem."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of the two moments")
     layer_decay: float = Field(1.0, gt=0, le=1, description="factor from one layer to the one before it; 1: none")
     offset_scale: float = Field(1.0, gt=0, description="a further factor for InternImage's offsets (dcn_lr_mul)")
 
@@ -41,25 +41,30 @@ class FinetuneTrainConfig(BaseModel):
     global_batch: PositiveInt = Field(description="images per optimizer step, over all ranks and micro-steps")
     accumulation: PositiveInt = Field(1, description="micro-steps per optimizer step")
     steps: PositiveInt | None = Field(None, description="length in optimizer steps; replaces epochs")
-    epochs: float | None = Field(None, gt=0)
-    seed: int = Field(0, ge=0)
+    epochs: float | None = Field(None, gt=0, description="length in epochs of the training split")
+    seed: int = Field(0, ge=0, description="of everything random")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="bf16: autocast over fp32 weights")
     threads: PositiveInt | None = Field(None, description="CPU threads per rank; default: cores / local ranks")
     workers: int = Field(4, ge=0, description="threads per rank that read and transform images; 0: none")
-    activation_checkpointing: bool = True
+    activation_checkpointing: bool = Field(True, description="recompute each block's activations in the backward pass")
     ema: float = Field(0.9999, ge=0, lt=1, description="momentum of the weights' average; 0: none")
     eval_batch: PositiveInt = Field(1, description="images per rank that are evaluated at once")
     evaluate_every: PositiveInt | None = Field(None, description="steps between evaluations; null: at the end only")
-    checkpoint_every: PositiveInt = 1000
+    checkpoint_every: PositiveInt = Field(1000, description="steps between checkpoints")
     checkpoint_keep: PositiveInt = Field(2, description="newest complete checkpoints kept")
     checkpoint_keep_every: PositiveInt | None = Field(None, description="checkpoints at its multiples stay for good")
     checkpoint_async: bool = Field(True, description="write a copy in memory while training goes on, where it fits")
     checkpoint_copy: str | None = Field(None, description="directory or URL that complete checkpoints are copied to")
-    log_every: PositiveInt = 10
+    log_every: PositiveInt = Field(10, description="steps between progress lines where there is no terminal")
     max_skipped: PositiveInt = Field(5, description="steps in a row with gradients that are not finite")
     timeout_s: float = Field(1800.0, gt=0, description="a rank without progress for so long has hung")
-    tensorboard: bool = True
-    wandb_project: str | None = None
+    report: bool = Field(True, description="write report.html when the run ends")
+    tensorboard: bool = Field(
+        True, description="also log to tensorboard/ of the run directory, where the package is installed"
+    )
+    wandb_project: str | None = Field(
+        None, description="also log to this project of Weights & Biases; offline with WANDB_MODE=offline"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "FinetuneTrainConfig":
@@ -89,7 +94,7 @@ class FinetuneRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str
+    name: str = Field(description="what the run is called; its directory is runs/<name>")
     task: Task = DetectionConfig()
     backbone: FinetuneBackbone = FinetuneBackbone()
     optim: FinetuneOptimConfig = FinetuneOptimConfig()

@@ -35,6 +35,7 @@ from m3i_large.parallel.remat import rematerialize
 from m3i_large.parallel.sharded_ema import ShardedEMA
 from m3i_large.parallel.watchdog import Beat, Watchdog, describe
 from m3i_large.progress import Progress
+from m3i_large.report import report_at_the_end
 from m3i_large.run import (
     EXIT,
     Outcome,
@@ -70,7 +71,7 @@ def finetune(
     require_wandb(recipe.train.wandb_project)
     recipe = resolve(recipe, out, rank.device, parse=validate_finetune)
     torch.set_num_threads(recipe.train.threads or 1)
-    run = open_run(out, recipe, resume=resume, parse=validate_finetune)
+    run = open_run(out, recipe, resume=resume, parse=validate_finetune, report=report_at_the_end)
     with failures_recorded(run):
         with stopping_at_once():
             loop, start = _set_up(recipe, run, ds=ds, resume=resume, rank=rank)

@@ -23,9 +23,12 @@ class AttentionPool(nn.Module):
         self.fc_norm = indexed_norm(config.width)
         init_linears(self)
 
-    def forward(self, token_BLD: Tensor) -> Tensor:
-        """token_BLD -> (B, E)."""
-        return self.fc_norm(self.clip_projector(token_BLD))
+    def forward(self, token_BLD: Tensor, *, seen: list[Tensor] | None = None) -> Tensor:
+        """token_BLD -> (B, E). A list is given how much each head looks at each token: (B, M, L), sums to one over L.
+
+        The list is filled on the way, as a sharded layer's weights are there in its own forward pass only.
+        """
+        return self.fc_norm(self.clip_projector(token_BLD, seen=seen))
 
 
 class MeanQueryAttention(nn.Module):
@@ -41,10 +44,10 @@ class MeanQueryAttention(nn.Module):
         self.norm1_v = indexed_norm(width)
         self.cross_dcn = _CrossAttention(width, config, linear)
 
-    def forward(self, token_BLD: Tensor) -> Tensor:
+    def forward(self, token_BLD: Tensor, *, seen: list[Tensor] | None = None) -> Tensor:
         query_B1D = token_BLD.mean(dim=1, keepdim=True)
-        pooled_B1E = self.cross_dcn(self.norm1_q(query_B1D), self.norm1_k(token_BLD), self.norm1_v(token_BLD))
-        return pooled_B1E.squeeze(1)
+        given = self.norm1_q(query_B1D), self.norm1_k(token_BLD), self.norm1_v(token_BLD)
+        return self.cross_dcn(*given, seen=seen).squeeze(1)
 
 
 class _CrossAttention(nn.Module):
@@ -61,11 +64,16 @@ class _CrossAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = linear(width, config.width)
 
-    def forward(self, query_B1D: Tensor, key_BLD: Tensor, value_BLD: Tensor) -> Tensor:
+    def forward(
+        self, query_B1D: Tensor, key_BLD: Tensor, value_BLD: Tensor, *, seen: list[Tensor] | None = None
+    ) -> Tensor:
         query, key, value = (
             x.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for x in (self.q(query_B1D) + self.q_bias, self.k(key_BLD) + self.k_bias, self.v(value_BLD) + self.v_bias)
         )
+        if seen is not None:
+            logit_BM1L = (query @ key.transpose(2, 3)).float() * query.shape[-1] ** -0.5
+            seen.append(logit_BM1L.softmax(-1).squeeze(2))
         pooled_BM1d = nn.functional.scaled_dot_product_attention(query, key, value)
         return self.proj(pooled_BM1d.transpose(1, 2).flatten(2))
 

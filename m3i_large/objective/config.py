@@ -90,7 +90,9 @@ class PosteriorConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["gaussian", "boltzmann"]
+    kind: Literal["gaussian", "boltzmann"] = Field(
+        description="gaussian: a regression; boltzmann: a choice among candidates"
+    )
     sigma: float | None = Field(None, gt=0, description="gaussian: |z - p|^2 / (2 sigma^2); default: divided by D only")
     tau: float | None = Field(None, gt=0, description="boltzmann, fixed temperature; text learns its own")
     negatives: Literal["local", "global", "classes"] | None = Field(
@@ -112,19 +114,27 @@ class TermConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="key of its metrics")
-    target: Target
+    target: Target = Field(
+        description="what is predicted: every patch's pixels or features, one feature of the image, its class, its text"
+    )
     view: Literal["same", "other"] | None = Field(
         None, description="whether the student sees the view that is predicted, or the other one; images only"
     )
-    encoder: Literal["identity", "ema", "shared", "frozen", "classifier", "text_tower"]
-    decoder: Literal["transformer", "linear", "pool"]
+    encoder: Literal["identity", "ema", "shared", "frozen", "classifier", "text_tower"] = Field(
+        description="what makes the target; default: ema for features, and the only possible one else"
+    )
+    decoder: Literal["transformer", "linear", "pool"] = Field(
+        description="what makes the prediction; default: transformer for patches, pool for the rest"
+    )
     posterior: PosteriorConfig
-    collapse: Literal["none", "stop_gradient", "decorrelation", "negatives"]
+    collapse: Literal["none", "stop_gradient", "decorrelation", "negatives"] = Field(
+        description="what keeps the target from becoming the same for all; default by target and posterior"
+    )
     decorrelation: float | None = Field(
         None, ge=0, description="lambda * D of collapse decorrelation; default 15.36 (0.02 at D = 768)"
     )
     normalize_pixels: bool = Field(False, description="target pixels: mean 0, variance 1 in every patch")
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(1.0, ge=0, description="factor of the term in the loss")
 
     @model_validator(mode="before")
     @classmethod

@@ -13,6 +13,8 @@ from m3i_large.objective.config import ObjectiveConfig
 from m3i_large.objective.signals import Spread
 from m3i_large.objective.terms import Rows, valid_rows
 
+ROWS = "rows/"  # in front of a term's name: the losses of this rank's rows
+
 
 class Totals:
     """Sums over the rows of one micro-batch, whether they come at once or in chunks.
@@ -34,6 +36,7 @@ class Totals:
         self._counts = dict(zip(self._terms, counts, strict=True))
         self._sums: dict[str, Tensor] = {}
         self._metrics: dict[str, Tensor] = {}
+        self._rows: dict[str, list[Tensor]] = {}
         self._spread = Spread() if signals else None
 
     def add(self, batch: Batch, rows: dict[str, Rows]) -> Tensor:
@@ -50,6 +53,7 @@ class Totals:
             share = share + self._terms[name].weight * loss
             pairs = torch.stack([loss_N.detach(), valid_N.float()], dim=-1)
             self._add(f"loss/{name}", loss.detach())
+            self._rows.setdefault(f"{ROWS}{name}", []).append(pairs[:, 0].masked_fill(~valid_N, torch.nan))
             self._add(f"source/{name}", pairs.new_zeros(self._num_sources, 2).index_add_(0, batch.source_N, pairs))
             self._metrics |= row.metrics
             if self._spread is not None:
@@ -58,12 +62,14 @@ class Totals:
         return share
 
     def losses(self) -> dict[str, Tensor]:
-        """Keyed as in metrics.jsonl: "loss", "loss/<term>", "source/<term>", the terms' own metrics and the spreads.
+        """Keyed as in metrics.jsonl: "loss", "loss/<term>", "source/<term>", the terms' own metrics and the spreads;
+        beside them "rows/<term>" (N,), the losses of this rank's rows, NaN where a row has none.
 
         Once every row was added; every rank calls it.
         """
         spread = {} if self._spread is None else self._spread.collect(self.collectives)
-        return self._sums | self._metrics | spread
+        rows = {name: torch.cat(parts) for name, parts in self._rows.items()}
+        return self._sums | self._metrics | spread | rows
 
     def _add(self, key: str, value: Tensor) -> None:
         self._sums[key] = self._sums[key] + value if key in self._sums else value

@@ -126,6 +126,15 @@ def gather_on_first(value: Any, rank: Rank) -> list[Any]:
     return values
 
 
+def from_first(value: Any, rank: Rank) -> Any:
+    """The first rank's Python object on every rank; what the others pass counts for nothing."""
+    if rank.world == 1:
+        return value
+    values = [value if rank.is_first else None]
+    dist.broadcast_object_list(values, src=0, device=rank.device if rank.device.type == "cuda" else None)
+    return values[0]
+
+
 def highest(values: Sequence[int], rank: Rank) -> list[int]:
     """The largest of every value over all ranks, on every rank."""
     most = torch.tensor(values, device=rank.device)

@@ -20,7 +20,7 @@ from types import FrameType, TracebackType
 
 from m3i_large.parallel.comm import Rank
 
-PATIENT = ("checkpoint",)  # phases that may take PATIENCE times as long, like the first step
+PATIENT = ("checkpoint", "pictures")  # phases that may take PATIENCE times as long, like the first step
 PATIENCE = 3
 BEATS_PER_TIMEOUT, LONGEST_BEAT_S = 10, 10.0
 SILENT_BEATS = 3  # a rank that has not written for so many beats is not running

@@ -77,7 +77,8 @@ def supervise(
     if left := sorted(marked(run)):
         raise UserError(f"--out: {run} is still trained by the processes {', '.join(map(str, left))}; end them first")
     supervisor = Supervisor(command, run, worlds, available, policy, say)
-    previous = {number: signal.signal(number, supervisor.take_signal) for number in FORWARDED}
+    heeded = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    previous = {number: signal.signal(number, supervisor.take_signal) for number in heeded}
     try:
         return supervisor.run_to_the_end()
     except OutageError as error:

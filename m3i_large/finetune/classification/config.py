@@ -15,8 +15,8 @@ class ClassificationDataConfig(ClassificationPart):
     """Both splits, below the data directory: a directory with one directory a class, or a pattern of shards (.tar)
     whose samples have a `.cls`, the class's number."""
 
-    train: str = "train"
-    evaluated: str = "val"
+    train: str = Field("train", description="folder of classes, or pattern of shards, below --data")
+    evaluated: str = Field("val", description="the same, of what is evaluated on")
     num_classes: PositiveInt | None = Field(None, description="of shards; folders are counted")
 
 
@@ -49,7 +49,7 @@ class ClassifierConfig(ClassificationPart):
 class ClassificationConfig(ClassificationPart):
     """Data, augmentation and head."""
 
-    kind: Literal["classification"] = "classification"
+    kind: Literal["classification"] = Field("classification", description="of task")
     data: ClassificationDataConfig = ClassificationDataConfig()
     augment: AugmentConfig = AugmentConfig()
     head: ClassifierConfig = ClassifierConfig()

@@ -14,8 +14,8 @@ class DetectionPart(BaseModel):
 class SplitConfig(DetectionPart):
     """One split, in COCO's format; paths below the data directory."""
 
-    annotations: str
-    images: str
+    annotations: str = Field(description="JSON file in COCO's or LVIS's format, below --data")
+    images: str = Field(description="folder of the pictures, below --data")
 
 
 class DetectionDataConfig(DetectionPart):
@@ -48,7 +48,7 @@ class AugmentConfig(DetectionPart):
 class RcnnConfig(DetectionPart):
     """Faster R-CNN, or Mask R-CNN with `masks`, of torchvision's parts over a feature pyramid."""
 
-    kind: Literal["rcnn"] = "rcnn"
+    kind: Literal["rcnn"] = Field("rcnn", description="of head: Faster or Mask R-CNN")
     masks: bool = Field(True, description="also predict masks (Mask R-CNN)")
     width: PositiveInt = Field(256, description="channels of the pyramid and of the heads' convolutions")
     rpn_convs: PositiveInt = Field(2, description="3x3 convolutions of the proposal network")
@@ -56,7 +56,7 @@ class RcnnConfig(DetectionPart):
     box_width: PositiveInt = Field(
         1024, description="of the box head's linear layers: one, or two without convolutions"
     )
-    mask_convs: PositiveInt = 4
+    mask_convs: PositiveInt = Field(4, description="convolutions of the mask head")
     anchors: tuple[PositiveInt, ...] = Field((32, 64, 128, 256, 512), description="side by level, pixels")
     classifier: Literal["softmax", "federated"] = Field("softmax", description="federated: sigmoids, for long tails")
     federated_categories: PositiveInt = Field(50, description="that enter a micro-step's federated loss")
@@ -76,13 +76,13 @@ class RcnnConfig(DetectionPart):
 class DetrConfig(DetectionPart):
     """A detector of transformers' DETR family; what is not here is as it was published."""
 
-    kind: Literal["rt_detr_v2", "d_fine"]
+    kind: Literal["rt_detr_v2", "d_fine"] = Field(description="of head: transformers' RT-DETRv2 or D-FINE")
     width: PositiveInt = Field(256, description="of queries and of the maps they look at")
-    heads: PositiveInt = 8
-    feedforward: PositiveInt = 1024
+    heads: PositiveInt = Field(8, description="of the attention")
+    feedforward: PositiveInt = Field(1024, description="hidden width of a block's MLP")
     encoder_layers: PositiveInt = Field(1, description="on the map at stride 32")
-    decoder_layers: int = Field(6, ge=2)
-    queries: PositiveInt = 300
+    decoder_layers: int = Field(6, ge=2, description="blocks of the decoder")
+    queries: PositiveInt = Field(300, description="boxes that are proposed for a picture")
     denoising: int = Field(100, ge=0, description="queries that begin at noisy boxes of the objects")
     detections: PositiveInt = Field(100, description="most per image")
 
@@ -110,7 +110,7 @@ Head = Annotated[Annotated[RcnnConfig, Tag("rcnn")] | Annotated[DetrConfig, Tag(
 class DetectionConfig(DetectionPart):
     """Data, augmentation and head."""
 
-    kind: Literal["detection"] = "detection"
+    kind: Literal["detection"] = Field("detection", description="of task")
     data: DetectionDataConfig = DetectionDataConfig()
     augment: AugmentConfig = AugmentConfig()
     head: Head = RcnnConfig()

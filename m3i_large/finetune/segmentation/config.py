@@ -14,8 +14,8 @@ class SegmentationPart(BaseModel):
 class SplitConfig(SegmentationPart):
     """One split; paths below the data directory. The labels of `a/b.jpg` are in `a/b.png`."""
 
-    images: str
-    labels: str
+    images: str = Field(description="folder of the pictures, below --data")
+    labels: str = Field(description="folder of the label images, below --data")
 
 
 class SegmentationDataConfig(SegmentationPart):
@@ -23,7 +23,7 @@ class SegmentationDataConfig(SegmentationPart):
 
     train: SplitConfig = SplitConfig(images="images/training", labels="annotations/training")
     evaluated: SplitConfig = SplitConfig(images="images/validation", labels="annotations/validation")
-    num_classes: int = Field(150, ge=2, le=254)
+    num_classes: int = Field(150, ge=2, le=254, description="classes; others in a label image are ignored")
     first_label: int = Field(1, ge=0, le=1, description="of a class in the files; 1: 0 is what nobody labelled")
 
 
@@ -49,14 +49,14 @@ class UPerNetConfig(SegmentationPart):
     width: PositiveInt = Field(512, description="channels of its convolutions")
     maps: PositiveInt = Field(768, description="channels of the maps that are made of a ViT's")
     auxiliary: float = Field(0.4, ge=0, description="weight of the auxiliary head's loss; 0: no such head")
-    auxiliary_width: PositiveInt = 256
+    auxiliary_width: PositiveInt = Field(256, description="channels of the auxiliary head")
     windows: bool = Field(False, description="evaluate squares of the training's size that overlap by a third")
 
 
 class SegmentationConfig(SegmentationPart):
     """Data, augmentation and head."""
 
-    kind: Literal["segmentation"] = "segmentation"
+    kind: Literal["segmentation"] = Field("segmentation", description="of task")
     data: SegmentationDataConfig = SegmentationDataConfig()
     augment: AugmentConfig = AugmentConfig()
     head: UPerNetConfig = UPerNetConfig()
