@@ -5,23 +5,24 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # Debian's packages of the checks; as root they are installed, otherwise they must be there.
-SYSTEM := g++ libaio-dev
+SYSTEM := g++ libaio-dev chromium
 SLURM := slurm-wlm munge
 SSH := openssh-server pdsh
 IMAGE := buildah mmdebstrap python3-venv
 packages = @test "$$(id -u)" != 0 || dpkg -s $(1) >/dev/null 2>&1 || \
 	{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(1); }
 
-.PHONY: demo demo-detection detect-student detect-target detect-random study test test-system system-packages proof-1b lint bench soak slurm-check hostfile-check image-check lock gpu-check clean
+.PHONY: docs demo demo-detection detect-student detect-target detect-random study test test-system system-packages proof-1b lint bench soak slurm-check hostfile-check image-check lock gpu-check clean
 
 $(STAMP): setup.py requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-## Trains the demo recipe on drawings, evaluates it on things it has never seen, writes a report.
+## Trains the demo recipe on drawings, evaluates it on things it has never seen, writes a report. DEMO="train.steps=100"
+## changes fields of the recipe, LAUNCHER="--master_port 29501" is for DeepSpeed's launcher.
 demo: $(STAMP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launchers/pretrain.py --ds ds_configs/zero3.json
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed $(LAUNCHER) launchers/pretrain.py --ds ds_configs/zero3.json $(DEMO)
 	$(BIN)/m3i eval retrieval,zeroshot,categories,styles runs/demo --data data/demo/heldout
 	$(BIN)/m3i report runs/demo
 
@@ -43,17 +44,23 @@ detect-student detect-target: detect-%:
 detect-random:
 	$(DETECT) --weights runs/demo/student.safetensors backbone.init=random --out runs/demo_detection/random
 
-## The tests of the README; about half an hour on two cores, no compiler, no GPU. One thread in each of the two workers.
+## The tests of the README; about 40 minutes on two cores, no compiler, no GPU. One thread in each of the two workers.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/system tests
 
-## Tests that need more than Python packages: a C++ compiler and libaio's headers (offload to NVMe). As root it installs
-## them by apt; otherwise it skips, by name, what cannot run.
+## Tests that need more than Python packages: a C++ compiler and libaio's headers (offload to NVMe), a browser (the report).
+## As root it installs them by apt; otherwise it skips, by name, what cannot run.
 test-system: $(STAMP) system-packages
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/system
 
 system-packages:
 	$(call packages,$(SYSTEM))
+
+## The documentation as a site: build/docs/index.html. A warning is an error.
+docs: $(STAMP)
+	$(BIN)/python docs/recipe_fields.py
+	$(BIN)/python docs/mix_picture.py
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -82,7 +89,7 @@ proof-1b: $(STAMP) system-packages
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/proof_1b.py
 
 ## The launchers of a cluster, run for real on one Debian machine, as root: a Slurm of two machines, ssh to two addresses,
-## the CPU image built and run without a Docker daemon. 5 to 10 minutes each; docs/cluster.md has what they print.
+## the CPU image built and run without a Docker daemon. 10 to 20 minutes each; docs/cluster.md has what they print.
 slurm-check: $(STAMP)
 	$(call packages,$(SLURM))
 	$(BIN)/python tests/cluster/slurm.py

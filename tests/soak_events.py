@@ -60,7 +60,7 @@ class Series:
 
 def rank_main(arguments: list[str]) -> int:
     """A rank of the training command whose loss is NaN in NAN_STEPS, as data that a model cannot take would do."""
-    from m3i_large.cli import pretrain
+    from m3i_large.cli_launch import pretrain
     from m3i_large.objective import Objective
 
     forward = Objective.forward

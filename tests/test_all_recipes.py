@@ -14,6 +14,7 @@ from m3i_large.evaluate import evaluate
 from m3i_large.metrics import read_metrics
 from m3i_large.parallel.comm import Rank
 from m3i_large.recipe import Recipe, load_recipe, recipe_header, recipe_names, validate
+from m3i_large.report import write_report
 from m3i_large.train import train
 
 NAMES = recipe_names()
@@ -58,7 +59,18 @@ def test_every_recipe_trains_saves_and_resumes(world: int, tmp_path: Path) -> No
             assert wanted <= row.keys() and all(math.isfinite(row[k]) for k in wanted), (name, row)
             assert all(row[f"gradient/{t}"] > 0 for t in terms), (name, row)
         assert Checkpoint(newest(tmp_path / "runs" / name / "checkpoints")).step == 3
-        assert (tmp_path / "runs" / name / "pictures/step_00000002/input.png").is_file()
+        assert (tmp_path / "runs" / name / "pictures/step_00000002/input.webp").is_file()
+        html = write_report(tmp_path / "runs" / name).read_text(encoding="utf-8")
+        objective = load_recipe(name).objective
+        # Of 16 rows 4 have a class and 12 a text, on two ranks half of them: of fewer than 8 none is called the worst.
+        enough = objective.dense or objective.has("global") or (objective.has("text") and world == 1)
+        for title, there in (
+            ("What the attention pool looks at", objective.pooled),
+            ("From a text to pictures", objective.has("text")),
+            ("Dense features through training", True),
+            ("Worst losses", enough),
+        ):
+            assert (f"<h3>{title}</h3>" in html) == bool(there), (name, title)
     if world == 1:
         continue_and_evaluate(names, data, tmp_path)
 

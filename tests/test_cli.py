@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tiny import ROOT, environment, pretrain, recipe, write_data, write_recipe
 
-from m3i_large.cli import pretrain as pretrain_entry
+from m3i_large.cli_launch import pretrain as pretrain_entry
 from m3i_large.recipe import recipe_names
 
 
@@ -41,6 +41,25 @@ def test_mistakes_found_before_anything_starts(capsys: pytest.CaptureFixture[str
     assert "did you mean 'objective'" in mistake(capsys, "objectiv.mix=3")
     assert pretrain_entry(["--ds", str(tmp_path / "none.json")]) == 2
     assert "none.json, which does not exist" in capsys.readouterr().err
+
+
+def test_a_mistake_is_noted_and_said_once_by_the_rank_that_meets_it_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    wrong = ["--ds", str(tmp_path / "none.json")]
+    assert pretrain_entry(wrong) == 2 and not capsys.readouterr().err  # the machine's first rank says it
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert pretrain_entry(wrong) == 2 and "none.json, which does not exist" in capsys.readouterr().err
+    note = tmp_path / "mistake"
+    monkeypatch.setenv("M3I_MISTAKE", str(note))
+    assert pretrain_entry(wrong) == 2
+    said = capsys.readouterr().err
+    assert "none.json, which does not exist" in said and note.read_text() == said
+    assert pretrain_entry(wrong) == 2 and not capsys.readouterr().err
+    monkeypatch.setenv("M3I_MISTAKE", str(tmp_path / "nowhere/mistake"))
+    assert pretrain_entry(wrong) == 2 and capsys.readouterr().err == said
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """The import table of the README: who may import whom. Every import statement counts, lazy ones too."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,9 @@ FORBIDDEN = {
     "m3i_large/finetune/detection": TASK,
     "m3i_large/finetune/classification": TASK,
     "m3i_large/finetune/segmentation": TASK,
+    "m3i_large/pictures": ("deepspeed", "m3i_large.train", "m3i_large.loop", "m3i_large.report"),
+    "m3i_large/report": ("deepspeed", "torch.distributed", "m3i_large.train", "m3i_large.loop", "m3i_large.build"),
+    "m3i_large/watch.py": ("deepspeed", "torch.distributed", "m3i_large.train", "m3i_large.loop", "m3i_large.build"),
     "m3i_large/integrations": ("m3i_large.train", "m3i_large.objective", "m3i_large.data"),
     "m3i_large/build.py": ("deepspeed", "torch.distributed", "m3i_large.parallel"),
 }
@@ -105,3 +110,27 @@ def test_launchers_hold_no_logic() -> None:
         assert "sys.path" not in text and len(text.splitlines()) < 30, path
         local = {n for n in imported(path) if n.startswith("m3i")}
         assert local and all(n.startswith("m3i_large") for n in local), path
+
+
+@pytest.mark.parametrize(
+    ("module", "without"),
+    [
+        ("m3i_large.cli", ("torch", "numpy", "pydantic")),
+        ("m3i_large.recipe", ("torch", "timm", "transformers")),
+        ("m3i_large.report", ("deepspeed", "timm", "transformers", "torchvision")),
+        ("m3i_large.watch", ("deepspeed", "timm", "transformers", "torchvision")),
+    ],
+)
+def test_what_answers_at_once_imports_nothing_slow(module: str, without: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print([name for name in {without!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_lazy_packages_have_what_they_say() -> None:
+    import m3i_large.models
+    import m3i_large.objective
+
+    for package in (m3i_large.models, m3i_large.objective):
+        assert all(getattr(package, name) is not None for name in package.__all__)
+        with pytest.raises(AttributeError, match="no attribute 'create_modle'"):
+            package.create_modle  # noqa: B018

@@ -3,6 +3,7 @@
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from m3i_large import metrics
 from m3i_large.errors import DivergenceError, UserError
 from m3i_large.metrics import append_row, read_metrics, read_rows
 from m3i_large.recipe import Recipe, validate
+from m3i_large.report import report_at_the_end
 from m3i_large.run import begin, failures_recorded, open_run, read_exit, resolve, resolve_precision
 
 
@@ -194,6 +196,40 @@ def test_the_first_failure_is_the_one_in_exit_json_and_only_of_a_run_that_has_be
     with pytest.raises(DivergenceError), failures_recorded(run):
         raise DivergenceError("one line")
     assert read_exit(run.directory)["message"] == "one line"
+
+
+def test_a_run_that_fails_leaves_a_report_and_one_that_cannot_be_written_hides_nothing(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    assert not recipe.train.report
+    assert open_run(tmp_path / "quiet", recipe, resume="auto", report=report_at_the_end).report is None
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"report": True})})
+    run = open_run(tmp_path / "run", recipe, resume="auto", report=report_at_the_end)
+    begin(run, {})
+    for ends in ("before the first step", "after it"):
+        (run.directory / "exit.json").unlink(missing_ok=True)
+        with pytest.raises(DivergenceError, match=ends), failures_recorded(run):
+            raise DivergenceError(ends)
+        there = ends == "after it"
+        assert (run.directory / "report.html").exists() == there
+        append_row(run.directory / "metrics.jsonl", {"attempt": 0, "step": 0, "time": 3.0, "loss": 1.0})
+    assert "failed after 1 of" in (run.directory / "report.html").read_text()
+    (run.directory / "exit.json").unlink()
+
+    def ended_by_the_launcher(directory: Path) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return report_at_the_end(directory / "nowhere")
+
+    with (
+        pytest.raises(DivergenceError, match="of all ranks"),
+        failures_recorded(replace(run, report=ended_by_the_launcher)),
+    ):
+        raise DivergenceError("of all ranks at once, and another one has ended")
+    (run.directory / "exit.json").unlink()
+    (run.directory / "metrics.jsonl").write_text('{"attempt": 0, "step": 0, "loss": "seven"}\n')
+    with pytest.raises(ZeroDivisionError), failures_recorded(run):
+        raise ZeroDivisionError("the first")
+    assert read_exit(run.directory)["message"] == "ZeroDivisionError: the first"
 
 
 def test_a_hang_is_an_incident_and_the_end(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

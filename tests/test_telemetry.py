@@ -122,7 +122,7 @@ def slow_data(rank: Rank, path: Path, out: Path) -> str:
     following = Loader.__next__
 
     def late(self: Loader):  # type: ignore
-        time.sleep(1.0 if rank.rank == 1 else 0.0)
+        time.sleep(2.0 if rank.rank == 1 else 0.0)
         return following(self)
 
     Loader.__next__ = late  # type: ignore

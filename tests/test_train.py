@@ -64,7 +64,7 @@ def test_the_run_directory_holds_what_the_contract_says(whole: Path) -> None:
         "metrics.jsonl",
         "events.jsonl",
         "checkpoints/latest",
-        "pictures/step_00000004/input.png",
+        "pictures/step_00000004/input.webp",
     ):
         assert (whole / name).is_file(), name
     rows = read_metrics(whole)
@@ -140,7 +140,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 
 def test_a_stop_signal_while_a_run_sets_itself_up_is_requeued_too(tiny: Path, tmp_path: Path) -> None:
-    code = "import os, sys, m3i_large.train as train; from m3i_large.cli import pretrain\n"
+    code = "import os, sys, m3i_large.train as train; from m3i_large.cli_launch import pretrain\n"
     code += "train.build_engine = lambda *_, **__: os.kill(os.getpid(), 15)\nsys.exit(pretrain(sys.argv[1:]))"
     words = ["--ds", str(ROOT / "ds_configs/zero3.json"), "--recipe", str(tiny), "--out", str(tmp_path / "run")]
     result = subprocess.run(

@@ -10,6 +10,9 @@ import cv2
 import numpy as np
 import webdataset as wds
 import yaml
+from ranks import free_port, run_script
+
+from m3i_large.metrics import read_rows
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {"red": (0, 0, 255), "green": (0, 200, 0), "blue": (255, 0, 0), "black": (0, 0, 0)}
@@ -68,6 +71,7 @@ def recipe(data: Path, **train: object) -> dict:
         "num_classes": 3,
         "threads": 1,
     }
+    values["data"]["heldout"] = []
     values["data"]["sources"] = [
         {"name": "first", "kind": "image_text", "shards": ["first-*.tar"], "quota": 2},
         {"name": "second", "kind": "image_text", "shards": ["second-*.tar"], "quota": 1},
@@ -81,7 +85,7 @@ def recipe(data: Path, **train: object) -> dict:
         "precision": "fp32",
         "threads": 1,
     }
-    values["train"] |= {"checkpoint_every": 2, "picture_every": 4, "signals_every": 3, "log_every": 1}
+    values["train"] |= {"checkpoint_every": 2, "picture_every": 4, "signals_every": 3, "log_every": 1, "report": False}
     values["train"] |= train
     return values
 
@@ -96,8 +100,6 @@ def command(*arguments: object, ranks: int = 1) -> list[str]:
     script = [str(ROOT / "launchers/pretrain.py"), "--ds", str(ROOT / "ds_configs/zero3.json"), *map(str, arguments)]
     if ranks == 1:
         return [sys.executable, *script]
-    from ranks import free_port
-
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
     return [*launcher, "--master_port", str(free_port()), *script]
 
@@ -109,6 +111,13 @@ def environment() -> dict[str, str]:
 
 
 def pretrain(*arguments: object, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=timeout, cwd=ROOT
-    )
+    words = command(*arguments, ranks=ranks)
+    if ranks == 1:
+        return run_script(words[1:], environment=environment(), directory=ROOT, timeout=timeout)
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+
+
+def incidents(run: Path) -> list[dict]:
+    """A run's incidents but for slow ranks: where ranks share cores there truly are some."""
+    rows = read_rows(run / "events.jsonl")
+    return [row for row in rows if row["event"] == "incident" and row["what"] != "straggler"]

@@ -1,23 +1,25 @@
 """Runs launchers/slurm on a real Slurm: two slurmd on this machine, as root. `make slurm-check`.
 
-Everything (configuration, keys, state, runs) is in a temporary directory; no daemon is left behind.
+Everything (configuration, keys, state, runs) is in a temporary directory; no daemon, job or rank is left behind,
+whatever ends the check.
 """
 
 import os
 import shutil
 import signal
 import socket
-import subprocess
-import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from check import LONG, PYTHON, ROOT, SHORT, Check
+from check import LONG, PYTHON, ROOT, SHORT, Check, checking, cleaning_up_after, end
 
 from m3i_large.metrics import read_rows
 
 CONTROLLER, NODES = 17817, (17820, 17821)  # ports
+DAEMONS = ("slurmctld.pid", "n0.pid", "n1.pid", "munge/pid")  # in the order in which they end
 # cred_expire is also how long a job that was queued again waits (120 s without it).
 CONFIGURATION = """
 ClusterName=check
@@ -66,31 +68,47 @@ def slurm(check: Check) -> Iterator[None]:
     check.environment["SLURM_CONF"] = str(directory / "slurm.conf")
     files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
     options = [f"--{option}={munge / name}" for option, name in files.items()]
-    try:
+    with cleaning_up_after(lambda: empty_queue(check), *(partial(end_daemon, directory / name) for name in DAEMONS)):
         check.run("runuser", "-u", "munge", "--", "munged", *options)
         for daemon in (["slurmctld"], ["slurmd", "-N", "n0"], ["slurmd", "-N", "n1"]):
             check.run(*daemon)
         check.until(lambda: "2 idle" in " ".join(check.run("sinfo", "-h", "-o", "%D %t").split()), "two idle machines")
         yield
-    finally:
-        subprocess.run(["scancel", "--state=RUNNING", "--user=root"], env=check.environment, check=False)
-        daemons = [directory / name for name in ("slurmctld.pid", "n0.pid", "n1.pid", "munge/pid")]
-        for pid in (int(path.read_text()) for path in daemons if path.is_file()):
-            os.kill(pid, signal.SIGTERM)
-            check.until(lambda: not Path(f"/proc/{pid}").exists(), f"the end of process {pid}")  # noqa: B023
+
+
+def empty_queue(check: Check) -> None:
+    """Cancels all jobs and waits for their ends: slurmctld and slurmd are still there, and see to it."""
+    if not (check.directory / "slurmctld.pid").is_file():
+        return
+    # A job that is ending may just have been queued again by its script: cancelled until there is none.
+    deadline = time.monotonic() + 60  # KillWait and more
+    while "\n" in check.run("squeue", timeout=30).strip():
+        check.expect(time.monotonic() < deadline, "the queue does not empty")
+        check.run("scancel", "--user=root", timeout=30)
+        time.sleep(1)
+
+
+def end_daemon(pid_file: Path) -> None:
+    if pid_file.is_file() and (pid := pid_file.read_text().strip()):
+        end(int(pid))
 
 
 class Job:
     """A job of launchers/slurm/pretrain.sbatch with a task on each of the two machines."""
 
-    def __init__(self, check: Check, name: str, *arguments: str) -> None:
+    def __init__(self, check: Check, name: str, *arguments: str, venv: Path = PYTHON.parent.parent) -> None:
         self.check, self.out, self.log = check, check.directory / name, check.directory / f"{name}.log"
-        check.environment |= {"M3I_OUT": str(self.out), "M3I_VENV": str(PYTHON.parent.parent)}
+        check.environment |= {"M3I_OUT": str(self.out), "M3I_VENV": str(venv)}
         # The two machines have names that nobody resolves; a cluster's do.
         check.environment["MASTER_ADDR"] = "127.0.0.1"
         here = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={self.log}"]
+        work = check.directory / "work"  # where the script leaves its notes
+        for part in ("launchers", "ds_configs"):
+            if not (work / part).exists():
+                work.mkdir(exist_ok=True)
+                (work / part).symlink_to(ROOT / part)
         script = ROOT / "launchers/slurm/pretrain.sbatch"
-        self.id = check.run("sbatch", "--parsable", *here, script, *arguments).strip()
+        self.id = check.run("sbatch", "--parsable", f"--chdir={work}", *here, script, *arguments).strip()
 
     def field(self, name: str) -> str:
         fields = self.check.run("scontrol", "show", "job", self.id).split()
@@ -108,10 +126,9 @@ class Job:
 
 def direct(check: Check) -> None:
     """srun starts the ranks, then torchrun under srun, beside the deepspeed launcher."""
-    deepspeed, srun, torchrun = (check.directory / name for name in ("deepspeed", "srun", "torchrun"))
+    srun, torchrun = (check.directory / name for name in ("srun", "torchrun"))
     arguments = check.arguments(SHORT)
-    check.run("deepspeed", "--num_accelerators", 2, "launchers/pretrain.py", "--out", deepspeed, *arguments)
-    expected = check.losses(deepspeed, SHORT)
+    expected = check.on_one_machine("deepspeed", SHORT)
     check.environment["MASTER_ADDR"] = "127.0.0.1"
     check.run("srun", "-N2", "-n2", "python", "launchers/pretrain.py", "--out", srun, *arguments)
     check.expect(check.losses(srun, SHORT) == expected, "srun's losses are others than deepspeed's")
@@ -137,19 +154,24 @@ def kill_a_rank(check: Check) -> None:
     check.expect(False, "rank 1 was not found")
 
 
-def crashed_and_preempted(check: Check, expected: list[float]) -> None:
+def preempted_and_crashed(check: Check, expected: list[float]) -> None:
+    check.environment["M3I_CRASHES"] = "1"
     job = Job(check, "preempted", *check.arguments(LONG))
-    job.check.reaches(job.out, 10)
-    kill_a_rank(check)
-    check.until(lambda: job.field("Restarts") == "1", "the crashed job queued again")
-    check.proven("kill -9 of a rank: the script queues the job again")
-    job.check.reaches(job.out, 25)
+    del check.environment["M3I_CRASHES"]
+    check.reaches(job.out, 10)
     check.run("scontrol", "requeue", job.id)
+    check.until(lambda: job.field("Restarts") == "1", "the preempted job queued again")
+    check.until(lambda: "resume" in job.events(), "the preempted job's second start")
+    check.reaches(job.out, 25)
+    kill_a_rank(check)
+    check.until(lambda: job.field("Restarts") == "2", "the crashed job queued again")
+    check.expect("queued again (crash 1 in a row, at most 1)" in job.log.read_text(), job.log.read_text())
+    check.proven("scontrol requeue, then kill -9 of a rank: the script counts one crash, and queues the job again")
     job.ends("COMPLETED", restarts=2)
     check.expect(check.losses(job.out, LONG) == expected, "the losses of the preempted job are others")
     events = job.events()
     check.expect((events.count("start"), events.count("resume"), events.count("preempt")) == (1, 2, 1), str(events))
-    check.proven(f"scontrol requeue: saved on SIGTERM, resumed, {LONG} losses of the uninterrupted run, bit by bit")
+    check.proven(f"saved on SIGTERM, resumed twice, {LONG} losses of the uninterrupted run, bit by bit")
 
 
 def warned(check: Check, expected: list[float]) -> None:
@@ -172,6 +194,23 @@ def mistaken(check: Check) -> None:
     check.proven(f"a mistake: status 2, not queued again, one line: {lines[0].partition(';')[0]}")
 
 
+def mistaken_alone(check: Check) -> None:
+    """Rank 1 alone has a mistake: its `python` adds one. Rank 0 waits for it until srun kills it."""
+    bin_directory = check.directory / "venv/bin"
+    bin_directory.mkdir(parents=True)
+    (bin_directory / "activate").write_text(f'PATH="{bin_directory}:$PATH"\n')
+    python = bin_directory / "python"
+    python.write_text(f'#!/bin/sh\n[ "$SLURM_PROCID" = 0 ] || set -- "$@" train.stepz=1\nexec "{PYTHON}" "$@"\n')
+    python.chmod(0o755)
+    job = Job(check, "mistaken-alone", *check.arguments(SHORT), venv=bin_directory.parent)
+    job.ends("FAILED", restarts=0, exit_code="2:0")
+    said = job.log.read_text()
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    check.expect(len(lines) == 1 and "train.stepz" in lines[0], f"the log says {said}")
+    check.expect("Killed" in said and "a mistake in the input, not queued again" in said, f"the log says {said}")
+    check.proven("a mistake of rank 1 alone: rank 0 was killed, status 2, not queued again, the same line")
+
+
 def indexed(check: Check) -> None:
     script, data = ROOT / "launchers/slurm/index.sbatch", check.directory / "data"
     shutil.rmtree(data / ".m3i", ignore_errors=True)
@@ -184,20 +223,15 @@ def indexed(check: Check) -> None:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="m3i-slurm-", ignore_cleanup_errors=True) as directory:
-        check = Check(Path(directory))
-        with slurm(check):
-            check.proven("a Slurm of two machines runs")
-            direct(check)
-            mistaken(check)
-            whole = check.directory / "whole"
-            arguments = check.arguments(LONG)
-            check.run("deepspeed", "--num_accelerators", 2, "launchers/pretrain.py", "--out", whole, *arguments)
-            expected = check.losses(whole, LONG)
-            crashed_and_preempted(check, expected)
-            warned(check, expected)
-            indexed(check)
-    print("slurm-check passed")
+    with checking("slurm") as check, slurm(check):
+        check.proven("a Slurm of two machines runs")
+        direct(check)
+        mistaken(check)
+        mistaken_alone(check)
+        expected = check.on_one_machine("whole", LONG)
+        preempted_and_crashed(check, expected)
+        warned(check, expected)
+        indexed(check)
 
 
 if __name__ == "__main__":

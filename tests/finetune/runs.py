@@ -15,7 +15,7 @@ from m3i_large.metrics import read_rows
 
 ROOT = Path(__file__).parent.parent.parent
 TRAIN = {"global_batch": 4, "steps": 6, "seed": 5, "precision": "fp32", "threads": 1, "workers": 0, "ema": 0.9}
-TRAIN |= {"checkpoint_every": 3, "eval_batch": 2, "log_every": 1, "tensorboard": False}
+TRAIN |= {"checkpoint_every": 3, "eval_batch": 2, "log_every": 1, "tensorboard": False, "report": False}
 OPTIM = {"lr": {"peak": 1e-3, "warmup": 0.2}, "layer_decay": 0.7}
 
 

@@ -17,7 +17,7 @@ import written
 from PIL import Image
 from timm.data import auto_augment
 
-from m3i_large.cli_finetune import finetune_classification, finetune_detection
+from m3i_large.cli_launch import finetune_classification, finetune_detection
 from m3i_large.errors import UserError
 from m3i_large.finetune.classification.config import AugmentConfig, ClassificationConfig
 from m3i_large.finetune.classification.images import Folders

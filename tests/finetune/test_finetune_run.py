@@ -16,11 +16,12 @@ import tiny
 import torch
 import written
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
 from m3i_large.checkpoint import Checkpoint, find_checkpoint
-from m3i_large.cli_finetune import finetune_detection
+from m3i_large.cli_launch import finetune_detection
 from m3i_large.errors import UserError
 from m3i_large.finetune.classification.config import ClassificationConfig
 from m3i_large.finetune.classification.model import Classifier
@@ -39,6 +40,8 @@ from m3i_large.finetune.segmentation.model import UPerNet
 from m3i_large.finetune.task import TaskModel
 from m3i_large.metrics import read_metrics, read_rows
 from m3i_large.models import create_model
+from m3i_large.report import write_report
+from m3i_large.watch import view
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = str(ROOT / "launchers/finetune_detection.py")
@@ -95,6 +98,18 @@ def test_a_run_leaves_what_its_user_looks_for(given: Path, whole: Path) -> None:
     assert json.loads((whole / "exit.json").read_text())["outcome"] == "finished"
     assert yaml.safe_load((whole / "recipe.yaml").read_text())["data"] == str(given / "data")
     assert "nothing to do" in finetune(given, whole).stdout
+
+
+def test_its_report_and_watch_show_it(whole: Path, tmp_path: Path) -> None:
+    html = write_report(whole, out=tmp_path / "report.html").read_text(encoding="utf-8")
+    values = read_rows(whole / "eval.jsonl")[-1]["values"]
+    assert "fine-tuning: detection" in html and "finished after 6 of 6 steps" in html
+    for name, value in values.items():
+        assert name in html and f"{value:.1%}" in html, name
+    for name in read_metrics(whole)[-1]:
+        assert name in ("step", "attempt", "time") or name in html, name
+    Console(file=(tmp_path / "view.txt").open("w"), width=80).print(view(whole))
+    assert "step 6 of 6 (100%)" in (tmp_path / "view.txt").read_text()
 
 
 def test_it_begins_at_the_exported_weights_and_random_does_not(given: Path, tmp_path: Path) -> None:

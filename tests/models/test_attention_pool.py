@@ -75,3 +75,21 @@ def test_order_of_tokens_does_not_matter() -> None:
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(UserError, match=r"pool.heads: got 5, needed a divisor of the backbone's width 24"):
         AttentionPool(24, PoolConfig(heads=5))
+
+
+def test_what_is_looked_at_makes_the_vector() -> None:
+    """The weights that a list is given, applied by hand to the values, are what `forward` returns."""
+    torch.manual_seed(1)
+    pool, token_BLD = AttentionPool(24, PoolConfig(heads=3, width=10)).double(), torch.randn(2, 7, 24).double()
+    for parameter in pool.parameters():
+        torch.nn.init.normal_(parameter)
+    seen: list[torch.Tensor] = []
+    pooled_BE = pool(token_BLD, seen=seen)
+    (weight_BML,), projector = seen, pool.clip_projector
+    assert weight_BML.shape == (2, 3, 7)
+    torch.testing.assert_close(weight_BML.sum(-1), torch.ones(2, 3))
+    attention = projector.cross_dcn
+    value_BLMd = (attention.v(projector.norm1_v(token_BLD)) + attention.v_bias).unflatten(2, (3, 8))
+    mixed_BMd = torch.einsum("bml,blmd->bmd", weight_BML.double(), value_BLMd)
+    torch.testing.assert_close(pool.fc_norm(attention.proj(mixed_BMd.flatten(1))), pooled_BE, rtol=1e-5, atol=1e-6)
+    assert weight_BML.amax() > 0.2, "far from uniform, so that a wrong scale would show"

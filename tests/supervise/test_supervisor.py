@@ -241,7 +241,12 @@ def test_ranks_that_outlive_their_launcher_are_killed_before_the_restart(bench: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP], ids=lambda n: n.name)
-def test_a_stop_signal_goes_to_the_ranks_once_and_they_may_save(bench: Bench, number: signal.Signals) -> None:
+def test_a_stop_signal_goes_to_the_ranks_once_and_they_may_save(
+    bench: Bench, number: signal.Signals, request: pytest.FixtureRequest
+) -> None:
+    before = signal.signal(number, signal.SIG_DFL)  # these tests may themselves run under nohup
+    request.addfinalizer(lambda: signal.signal(number, before))
+
     def stop() -> None:
         for _ in range(2):
             os.kill(os.getpid(), number)
@@ -256,6 +261,17 @@ def test_a_stop_signal_goes_to_the_ranks_once_and_they_may_save(bench: Bench, nu
     assert [row["event"] for row in bench.log()] == ["start", "signal", "interrupted"], "the launcher was not killed"
     assert bench.log("signal")[0]["reason"] == number.name
     assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_under_nohup_a_hangup_ends_nothing(bench: Bench, request: pytest.FixtureRequest) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
+    bench.when_ready(lambda: [os.kill(os.getpid(), number) for number in (signal.SIGHUP, signal.SIGTERM)])
+    interrupted = {"outcome": "interrupted", "step": 1, "attempt": 0, "message": ""}
+    plan = {"steps": [0], "then": "save", "exit": interrupted, "status": 75}
+    assert bench.supervise([plan, FINISH]) == REQUEUE
+    assert [row["reason"] for row in bench.log("signal")] == ["SIGTERM"]
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_ranks_that_do_not_end_within_the_grace_period_are_killed(bench: Bench) -> None:
