@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from tiny import ROOT, environment, recipe, write_recipe
 
 from m3i_large.bench_ema import bench_ema
@@ -43,7 +44,7 @@ def test_the_command_prints_json_alone(tmp_path: Path) -> None:
     file = write_recipe(tmp_path / "tiny.yaml", recipe(tmp_path, precision="bf16"))
     command = [sys.executable, "-c", "from m3i_large.cli import main; main()", "bench", "ema", "--json", "--ranks", "1"]
     command += ["--recipe", str(file), "--ds", str(ZERO3)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT)
     found = json.loads(done.stdout)
     assert (done.returncode, found["ranks"], found["precision"]) == (0, 1, "bf16")
     assert found["designs"][0]["difference"] < 2**-8  # half a unit in the last place of weights below 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from patience import PATIENCE_S
 from tiny import ROOT, environment, pretrain, recipe, write_data, write_recipe
 
 from m3i_large.cli_launch import pretrain as pretrain_entry
@@ -16,7 +17,12 @@ from m3i_large.recipe import recipe_names
 def m3i(*arguments: object) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-c", "from m3i_large.cli import main; main()"]
     return subprocess.run(
-        [*program, *map(str, arguments)], env=environment(), capture_output=True, text=True, cwd=ROOT, timeout=120
+        [*program, *map(str, arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=PATIENCE_S,
     )
 
 

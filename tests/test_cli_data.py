@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 from tiny import ROOT, environment, recipe, write_data, write_recipe
 
 from m3i_large.cli import main
@@ -166,5 +167,5 @@ def test_mistakes_are_one_line(m3i: Any, chosen: Path, data: Path, tmp_path: Pat
 
 def test_the_command_itself(chosen: Path) -> None:
     program = [sys.executable, "-c", "from m3i_large.cli import main; main()", "data", "index", str(chosen), "--json"]
-    result = subprocess.run(program, env=environment(), capture_output=True, text=True, cwd=ROOT, timeout=120)
+    result = subprocess.run(program, env=environment(), capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S)
     assert result.returncode == 0 and result.stderr == "" and json.loads(result.stdout)[2]["samples"] == 12

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from patience import PATIENCE_S
 from ranks import free_port
 from test_docs import written
 from tiny import ROOT, environment
@@ -112,7 +113,7 @@ def test_the_commands_of_a_group_work(group: str, clone: Path) -> None:
     if GROUPS[group]:
         written(GROUPS[group], clone)
     if group == "source":
-        subprocess.run([sys.executable, "write_shards.py"], cwd=clone, check=True, timeout=120)
+        subprocess.run([sys.executable, "write_shards.py"], cwd=clone, check=True, timeout=PATIENCE_S)
     variables = environment() | {"OMP_NUM_THREADS": "1"}
     done = set()
     for block in chosen:
@@ -121,7 +122,7 @@ def test_the_commands_of_a_group_work(group: str, clone: Path) -> None:
                 continue
             done.add(command)
             ended = subprocess.run(
-                line, shell=True, cwd=clone, env=variables, capture_output=True, text=True, timeout=400
+                line, shell=True, cwd=clone, env=variables, capture_output=True, text=True, timeout=PATIENCE_S
             )
             assert ended.returncode == 0, f"{block.page}: {line}\n{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}"
     if group == "demo":

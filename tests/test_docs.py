@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from patience import PATIENCE_S
 from tiny import ROOT, environment
 
 DOCS = ROOT / "docs"
@@ -19,7 +20,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", "-b", "html"]
-    built = subprocess.run([*command, DOCS, out], capture_output=True, text=True, timeout=240)
+    built = subprocess.run([*command, DOCS, out], capture_output=True, text=True, timeout=PATIENCE_S)
     assert built.returncode == 0 and not built.stderr.strip(), built.stderr
     return out
 
@@ -125,7 +126,7 @@ def written(page: str, root: Path) -> Path:
 def run(script: str, root: Path, **more: str) -> None:
     variables = environment() | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **more}
     ended = subprocess.run(
-        [sys.executable, script], cwd=root, env=variables, capture_output=True, text=True, timeout=240
+        [sys.executable, script], cwd=root, env=variables, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
 

@@ -122,7 +122,7 @@ def slow_data(rank: Rank, path: Path, out: Path) -> str:
     following = Loader.__next__
 
     def late(self: Loader):  # type: ignore
-        time.sleep(2.0 if rank.rank == 1 else 0.0)
+        time.sleep(5.0 if rank.rank == 1 else 0.0)
         return following(self)
 
     Loader.__next__ = late  # type: ignore
@@ -131,7 +131,9 @@ def slow_data(rank: Rank, path: Path, out: Path) -> str:
 
 @pytest.mark.slow
 def test_a_slow_rank_is_named(tmp_path: Path) -> None:
-    values = recipe(write_data(tmp_path / "data"), steps=5, picture_every=0, checkpoint_every=9, tensorboard=False)
+    values = recipe(
+        write_data(tmp_path / "data"), steps=4, picture_every=0, checkpoint_every=9, straggler=1.3, tensorboard=False
+    )
     path, out = write_recipe(tmp_path / "r.yaml", values), tmp_path / "run"
     assert run_ranks(2, slow_data, path, out) == ["finished"] * 2
     (incident,) = (e for e in read_rows(out / "events.jsonl") if e["event"] == "incident")

@@ -12,6 +12,7 @@ import cv2
 import pytest
 import torch
 import webdataset as wds
+from patience import PATIENCE_S
 from tiny import ROOT, command, environment, picture, pretrain, recipe, write_data, write_recipe
 
 from m3i_large.checkpoint import Checkpoint, newest
@@ -131,11 +132,11 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    for _ in range(1200):
+    for _ in range(int(PATIENCE_S / 0.01)):
         if any(row["step"] >= step for row in read_rows(run / "metrics.jsonl")):
             return
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
+        time.sleep(0.01)
     raise AssertionError(f"step {step} was never reached")
 
 
@@ -144,7 +145,12 @@ def test_a_stop_signal_while_a_run_sets_itself_up_is_requeued_too(tiny: Path, tm
     code += "train.build_engine = lambda *_, **__: os.kill(os.getpid(), 15)\nsys.exit(pretrain(sys.argv[1:]))"
     words = ["--ds", str(ROOT / "ds_configs/zero3.json"), "--recipe", str(tiny), "--out", str(tmp_path / "run")]
     result = subprocess.run(
-        [sys.executable, "-c", code, *words], env=environment(), capture_output=True, text=True, cwd=ROOT, timeout=240
+        [sys.executable, "-c", code, *words],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=PATIENCE_S,
     )
     assert result.returncode == REQUEUE, result.stdout + result.stderr
     assert "SIGTERM before the first step" in result.stderr and "Traceback" not in result.stderr
@@ -159,7 +165,7 @@ def test_stopped_and_resumed_ends_bit_identical(
     process = start("--recipe", tiny, "--out", out)
     wait_for_step(out, 2, process)
     os.kill(process.pid, number)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == (-number if number == signal.SIGKILL else REQUEUE), output
     if number != signal.SIGKILL:
         stopped = read_exit(out)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, command, environment, incidents, pretrain, recipe, write_data, write_recipe
+from patience import PATIENCE_S
+from tiny import ROOT, command, environment, pretrain, recipe, write_data, write_recipe
 
 from m3i_large.checkpoint import Checkpoint, newest
 from m3i_large.errors import UserError
@@ -52,7 +53,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(tiny: tupl
     result = pretrain("--recipe", recipe_file, "--out", run, ranks=2)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "step_00000006 is damaged: rank_00001_of_00002.safetensors has" in result.stdout
-    (incident,) = incidents(run)
+    (incident,) = (e for e in read_rows(run / "events.jsonl") if e["event"] == "incident")
     assert incident["what"] == "checkpoint" and "is damaged" in incident["reason"] and incident["attempt"] == 1
     assert (run / "checkpoints/damaged_step_00000006").is_dir()
     assert [row["loss"] for row in read_metrics(run)] == [row["loss"] for row in read_metrics(whole)]
@@ -104,7 +105,9 @@ def test_a_last_checkpoint_that_fails_is_loud(tiny: tuple[Path, Path], tmp_path:
         "os.mkdir = mkdir\n"
     )
     variables = environment() | {"PYTHONPATH": str(tmp_path)}
-    result = subprocess.run(command(*arguments), env=variables, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    result = subprocess.run(
+        command(*arguments), env=variables, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S
+    )
     assert result.returncode == 1, result.stdout + result.stderr
     line = "checkpoint: the last one, step 2, could not be saved: rank 0: No space left on device"
     assert f"error: {line}" in result.stderr and "Traceback" not in result.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
@@ -78,7 +79,7 @@ def crash_everywhere(root: Path, step: int, *, world: int, keep: int) -> int:
 def test_a_crash_at_any_operation_leaves_the_old_or_the_new(tmp_path: Path, step: int, world: int, keep: int) -> None:
     # Processes are forked from one that has no threads yet.
     arguments = [sys.executable, __file__, tmp_path, *map(str, (step, world, keep))]
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE_S)
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(result.stdout) > 20
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from ranks import run_ranks
 from states import at, memory_state, tensors
 
@@ -214,13 +215,13 @@ def test_a_place_that_fails_is_tried_again_and_then_reported(tmp_path: Path, mon
 def test_a_copy_under_way_is_not_removed_by_retention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     near, remote = tmp_path / "near", Remote(f"memory://{tmp_path.name}_busy")
     begun, go, real = threading.Event(), threading.Event(), Remote.mirror
-    monkeypatch.setattr(Remote, "mirror", lambda self, d: (begun.set(), go.wait(30), real(self, d))[2])
+    monkeypatch.setattr(Remote, "mirror", lambda self, d: (begun.set(), go.wait(PATIENCE_S), real(self, d))[2])
     copier = Copier(near, remote, keep=1)
     with CheckpointWriter(near, rank=ONE, attempt=0, keep=1, copier=copier) as writer:
         for step in (1, 2):
             writer.save(step, state=memory_state(tensors(step)), manifest={})
             writer.wait()
-            assert begun.wait(30)
+            assert begun.wait(PATIENCE_S)
         assert [p.name for p in complete_checkpoints(near)] == ["step_00000001", "step_00000002"]
         assert writer.finish() == "", "the end of the saving does not wait for the place"
         go.set()
@@ -230,7 +231,7 @@ def test_a_copy_under_way_is_not_removed_by_retention(tmp_path: Path, monkeypatc
 
 def test_a_stop_waits_for_a_copy_only_so_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    monkeypatch.setattr(Remote, "mirror", lambda *_: go.wait(30))
+    monkeypatch.setattr(Remote, "mirror", lambda *_: go.wait(PATIENCE_S))
     copier = Copier(tmp_path, Remote(f"memory://{tmp_path.name}_slow"), keep=1)
     with CheckpointWriter(tmp_path, rank=ONE, attempt=0, keep=1, copier=copier) as writer:
         writer.save(1, state=memory_state(tensors(1)), manifest={})

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from safetensors import safe_open
 from states import DiskState, at, memory_state, tensors
 
@@ -87,7 +88,7 @@ def test_the_caller_may_change_the_state_while_it_is_written(tmp_path: Path, mon
     from m3i_large.checkpoint import writer as module
 
     go, real = threading.Event(), module.write_file
-    monkeypatch.setattr(module, "write_file", lambda *a: (go.wait(30), real(*a))[1])
+    monkeypatch.setattr(module, "write_file", lambda *a: (go.wait(PATIENCE_S), real(*a))[1])
     values = torch.arange(5.0)
     with writers(tmp_path) as (writer,):
         held = writer.save(1, state=MemoryState({"a": Slice((5,), 0, values)}), manifest={})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 
 from m3i_large.data.audit import Audit, audit_runs
 from m3i_large.data.mixture import Mixture
@@ -374,7 +375,7 @@ def test_what_cannot_be_audited_is_a_users_mistake(run: Path, tmp_path: Path) ->
 
 def m3i(*arguments: object) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-c", "from m3i_large.cli import main; main()"]
-    return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_the_command_says_it_in_its_status_text_and_json(run: Path, tmp_path: Path) -> None:
@@ -391,4 +392,4 @@ def test_the_command_says_it_in_its_status_text_and_json(run: Path, tmp_path: Pa
 
 def test_the_audit_needs_no_torch() -> None:
     check = "import sys, m3i_large.data.audit; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", check], timeout=PATIENCE_S).returncode == 0

@@ -16,6 +16,7 @@ import pytest
 import torch
 import webdataset as wds
 from http_server import serving
+from patience import PATIENCE_S
 
 from m3i_large.data.batch import Batch
 from m3i_large.data.config import DataConfig
@@ -102,7 +103,7 @@ def test_an_outage_stops_with_a_clear_line_and_is_no_bad_sample(data: Path, tmp_
         made = job(server.url, index=tmp_path / "i", retry_s=0.5)
         with (
             Loader(made, on_bad=told.append) as stream,
-            pytest.raises(OutageError, match=r"s-\d\.tar: .*gave up after 0 s of retries \(data\.retry_s\)") as error,
+            pytest.raises(OutageError, match=r"s-\d\.tar: .*gave up after \d+ s of retries \(data\.retry_s\)") as error,
         ):
             next(stream)
             server.plan = lambda i: "503"
@@ -130,9 +131,9 @@ def test_a_process_that_hangs_is_found_and_shows_its_stacks(
         with pytest.raises(OutageError, match=r"gave no batch for 6 s \(data\.timeout_s\); its stacks are above"):
             for _ in range(10):
                 next(stream)
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 120
         child(stream).resume()  # its pending signal is answered now
-        for _ in range(50):
+        for _ in range(600):
             if "loader_process.py" in (text := capfd.readouterr().err):
                 break
             time.sleep(0.1)
@@ -148,7 +149,7 @@ def test_signals_to_the_group_do_not_reach_it_and_it_ends_with_its_parent(data: 
         for _ in range(6):
             next(stream)
         assert process.is_running()
-    process.wait(5)
+    process.wait(PATIENCE_S)
 
 
 @pytest.mark.parametrize("how", ["kill", "exit", "raise"])
@@ -170,9 +171,11 @@ if __name__ == "__main__":
 """
     path = tmp_path / "program.py"
     path.write_text(program, encoding="utf-8")
-    result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     pid = int(result.stdout.split()[0])
-    for _ in range(50):
+    for _ in range(600):
         if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
             break
         time.sleep(0.1)

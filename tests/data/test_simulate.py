@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 from tiny import ROOT, environment, recipe, write_recipe
 
 from m3i_large import cli
@@ -488,7 +489,7 @@ def test_the_command_prints_json_for_scripts(tiny_recipe: Path) -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)

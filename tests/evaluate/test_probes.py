@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import written
+from patience import PATIENCE_S
 from ranks import free_port
 from tiny import ROOT, environment, write_data
 from torch import Tensor
@@ -178,7 +179,9 @@ def test_two_ranks_have_one_ranks_results(given: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
     launcher += ["--master_port", str(free_port()), str(ROOT / "launchers/evaluate.py")]
     words = ["knn,retrieval", given / "run", "--data", tmp_path / "data", "--train", given / "data", "--json"]
-    done = subprocess.run([*launcher, *map(str, words)], env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*launcher, *map(str, words)], env=environment(), capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("[{")]
     assert json.loads(line) == alone

@@ -9,6 +9,7 @@ from typing import Any
 import tiny
 import written
 import yaml
+from patience import PATIENCE_S
 
 from m3i_large.export import export
 from m3i_large.metrics import read_rows
@@ -45,7 +46,7 @@ def command(kind: str, *options: object, ranks: int = 1) -> list[str]:
 
 def launch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        arguments, env=tiny.environment(), capture_output=True, text=True, timeout=240, cwd=ROOT, check=False
+        arguments, env=tiny.environment(), capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT, check=False
     )
 
 

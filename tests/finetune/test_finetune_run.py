@@ -16,6 +16,7 @@ import tiny
 import torch
 import written
 import yaml
+from patience import PATIENCE_S
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
@@ -144,9 +145,9 @@ def test_a_continued_run_is_bit_identical(given: Path, whole: Path, tmp_path: Pa
         text=True,
     )
     while running.poll() is None and not read_rows(out / "metrics.jsonl"):
-        time.sleep(0.05)
+        time.sleep(0.01)
     running.send_signal(signal.SIGTERM)
-    told, _ = running.communicate(timeout=120)
+    told, _ = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 75, told
     done = len(read_metrics(out))
     assert 0 < done < 6 and f"interrupted after {done} of 6 steps" in told

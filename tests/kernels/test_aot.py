@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import PATIENCE_S
 
 pytest.importorskip("triton")
 
@@ -14,7 +15,7 @@ pytest.importorskip("triton")
 def compiled() -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "m3i_kernels.aot", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -64,5 +65,5 @@ def test_dcnv3_reads_values_and_adds_gradients_in_vectors(compiled: list[dict]) 
 def test_the_interpreter_is_refused() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "m3i_kernels.aot"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 2 and "TRITON_INTERPRET is set" in done.stderr

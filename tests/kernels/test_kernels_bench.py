@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_S
 
 # Before a test changes the environment: Triton's own functions are made for its interpreter, or not, on import.
 pytest.importorskip("m3i_kernels.dcnv3.fused")
@@ -154,7 +155,7 @@ def test_the_digest_compares_with_the_fused_kernel_and_a_copy(gpu_check, bench, 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to check")
 def test_the_gpu_check_without_a_gpu_is_one_line() -> None:
     command = [sys.executable, str(BENCH.with_name("gpu_check.py"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "gpu-check: no CUDA device is visible to torch; needed: one NVIDIA GPU of capability 8.0 or more\n"

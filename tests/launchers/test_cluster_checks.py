@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from tiny import ROOT
 
 pytestmark = pytest.mark.slow
@@ -27,7 +28,7 @@ LAUNCHER = "trap '' TERM; setsid sleep 1000 & while :; do sleep 0.1; done"
 STARTED = """
 import check
 with check.checking("test") as one:
-    one.until = lambda true, what: check.Check.until(one, true, what, timeout=5)
+    one.until = lambda true, what: check.Check.until(one, true, what, timeout=600)
     check.GRACE_S = 0.5
     tell(one.directory)
     with one.started("sh", "-c", {launcher!r}) as process:
@@ -41,7 +42,7 @@ hostfile.SEPARATED = told.parent / "separated"
 which = shutil.which
 shutil.which = lambda name, path=None: which(name)
 with check.checking("test") as one:
-    one.until = lambda true, what: check.Check.until(one, true, what, timeout=3)
+    one.until = lambda true, what: check.Check.until(one, true, what, timeout=10)
     tell(one.directory)
     with hostfile.sshd(one):
         tell(*one.left())
@@ -50,9 +51,9 @@ with check.checking("test") as one:
 SLURM = """
 import check, shutil, slurm
 shutil.chown = lambda *_: None
-check.GRACE_S = 2
+check.GRACE_S = 6
 with check.checking("test") as one:
-    one.until = lambda true, what: check.Check.until(one, true, what, timeout=5)
+    one.until = lambda true, what: check.Check.until(one, true, what, timeout=600)
     tell(one.directory)
     one.environment["TOLD"], one.environment["CHECKED"] = str(told), str(one.directory)
     with slurm.slurm(one):
@@ -95,7 +96,7 @@ def ended(tmp_path: Path):
                 if told.is_file() and told.read_text().count("\n") >= 2:
                     process.send_signal(number)
                     number = None
-            said = process.communicate(timeout=180)[1]
+            said = process.communicate(timeout=PATIENCE_S)[1]
         return process.returncode, told.read_text().splitlines(), said
 
     return run
@@ -126,7 +127,7 @@ def test_the_sshd_of_a_failed_check_is_ended_and_its_directory_removed(ended, tm
     sshd.write_text(f"#!/bin/sh\n{write}\nwhile :; do sleep 0.1; done\n")
     sshd.chmod(0o755)
     status, told, said = ended(SSHD)
-    assert status == 1 and ("something in the middle" if starts else "sshd: not within 3 s") in said
+    assert status == 1 and ("something in the middle" if starts else "sshd: not within 10 s") in said
     assert leaves_nothing(told) and not (tmp_path / "separated").exists(), said
 
 

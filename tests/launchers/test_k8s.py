@@ -14,6 +14,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from patience import PATIENCE_S
 from ranks import free_port
 from tiny import ROOT, environment, pretrain, recipe, write_data, write_recipe
 
@@ -135,7 +136,7 @@ class Pods:
         return self.started
 
     def end(self) -> list[int]:
-        texts = [pod.communicate(timeout=240)[0] for pod in self.started]
+        texts = [pod.communicate(timeout=PATIENCE_S)[0] for pod in self.started]
         self.text = "\n".join(texts)
         return [pod.returncode for pod in self.started]
 
@@ -156,7 +157,7 @@ def pods(tmp_path: Path) -> Iterator[Pods]:
 @pytest.mark.slow
 def test_a_preempted_pod_ends_the_run_in_order_and_the_next_start_finishes_it(pods: Pods, tmp_path: Path) -> None:
     first, _ = pods.start()
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + PATIENCE_S
     while len(read_metrics(pods.out)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)  # one pod's alone, as when its machine is drained
@@ -182,7 +183,7 @@ def test_a_mistake_is_status_2_and_a_lost_launcher_no_success(pods: Pods) -> Non
     for pid in descendants(first.pid):
         if b"deepspeed.launcher.launch" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)
-    assert first.wait(timeout=60) == 1  # the deepspeed command itself says 0
+    assert first.wait(timeout=PATIENCE_S) == 1  # the deepspeed command itself says 0
 
 
 def descendants(pid: int) -> list[int]:

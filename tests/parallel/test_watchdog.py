@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from ranks import free_port
-from tiny import incidents, recipe, write_data, write_recipe
+from tiny import recipe, write_data, write_recipe
 
 from m3i_large.metrics import read_rows
 from m3i_large.parallel.watchdog import Beat, behind, describe
@@ -62,7 +63,7 @@ def test_those_behind_are_the_silent_or_the_least_far_that_do_not_wait() -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["sleep", "stop", "lock"])
 def test_a_rank_that_hangs_is_named_and_the_run_ends_with_all_stacks(how: str, tmp_path: Path) -> None:
-    values = recipe(write_data(tmp_path / "data"), steps=6, picture_every=0, timeout_s=8.0)
+    values = recipe(write_data(tmp_path / "data"), steps=6, picture_every=0, timeout_s=15.0)
     path, out = write_recipe(tmp_path / "r.yaml", values), tmp_path / "run"
     ds = Path(__file__).parents[2] / "ds_configs/zero3.json"
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -77,14 +78,14 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends_with_all_stacks(how: str, t
                 assert all(process.poll() is None for process in ranks)
                 time.sleep(0.02)
             ranks[1].send_signal(signal.SIGSTOP)
-        assert ranks[0].wait(timeout=90) == 1
+        assert ranks[0].wait(timeout=PATIENCE_S) == 1
         if how != "stop":
-            assert ranks[1].wait(timeout=20) == 1
+            assert ranks[1].wait(timeout=PATIENCE_S) == 1
     finally:
         for process in ranks:
             process.kill()
     error = ranks[0].communicate()[1].decode()
-    (incident,) = incidents(out)
+    (incident,) = (e for e in read_rows(out / "events.jsonl") if e["event"] == "incident")
     assert incident["what"] == "hang" and [r["rank"] for r in incident["ranks"]] == [1], (incident, error)
     ended = read_exit(out)
     assert ended["outcome"] == "failed" and ended["message"].startswith("no progress: rank 1 ("), error

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from tiny import ROOT, command, environment, pretrain, recipe, write_data, write_recipe
 
 from m3i_large.checkpoint import Checkpoint, newest
@@ -53,7 +54,7 @@ def test_a_killed_rank_costs_nothing_but_time(tiny: Path, tmp_path: Path) -> Non
     run = tmp_path / "run"
     with supervised(tiny, run) as supervisor:
         kill_one_rank(run, supervisor)
-        assert supervisor.wait(timeout=240) == 0
+        assert supervisor.wait(timeout=PATIENCE_S) == 0
     assert read_exit(run)["outcome"] == "finished" and not marked(run)
     rows = read_rows(run / "supervise.jsonl")
     assert [row["event"] for row in rows if row["event"] != "kill"] == ["start", "restart", "start", "finished"]
@@ -76,7 +77,7 @@ def test_goes_on_with_the_rank_that_is_left_and_stops_when_asked(tiny: Path, tmp
             assert supervisor.poll() is None, "ended too early"
             time.sleep(0.02)
         supervisor.send_signal(signal.SIGTERM)
-        assert supervisor.wait(timeout=240) == 75 and not marked(run)
+        assert supervisor.wait(timeout=PATIENCE_S) == 75 and not marked(run)
     assert [row["world"] for row in read_rows(run / "supervise.jsonl") if row["event"] == "start"] == [2, 1]
     stopped = read_exit(run)
     assert stopped["outcome"] == "interrupted" and stopped["step"] < STEPS

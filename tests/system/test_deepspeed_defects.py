@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import PATIENCE_S
 from tiny import ROOT, environment
 
 pytestmark = pytest.mark.slow
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.slow
 )
 def test_a_script_says_what_docs_say_of_it(script: str, status: int) -> None:
     path = ROOT / "docs/deepspeed_defects" / f"{script}.py"
-    ended = subprocess.run([sys.executable, path], env=environment(), capture_output=True, text=True, timeout=240)
+    ended = subprocess.run(
+        [sys.executable, path], env=environment(), capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert ended.returncode == status, ended.stdout + ended.stderr
     assert "deepspeed" in ended.stdout
