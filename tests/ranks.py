@@ -6,11 +6,13 @@ The processes are forked from one that has imported DeepSpeed, which takes longe
 import multiprocessing
 import os
 import runpy
+import secrets
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,12 @@ FORKING = multiprocessing.get_context("forkserver")
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """Below the ports that Linux gives to connections: it is still free when a launcher comes to it, seconds later."""
+    while True:
+        port = 16_000 + secrets.randbelow(16_000)
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def _main(

@@ -110,8 +110,12 @@ def environment() -> dict[str, str]:
     return {**kept, "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"}
 
 
-def pretrain(*arguments: object, ranks: int = 1, timeout: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
-    words = command(*arguments, ranks=ranks)
-    if ranks == 1:
-        return run_script(words[1:], environment=environment(), directory=ROOT, timeout=timeout)
-    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a training command to its end; a rank alone is forked from a process that has the imports."""
+    if words[1].endswith(".py"):
+        return run_script(words[1:], environment=environment(), directory=ROOT, timeout=PATIENCE_S)
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT)
+
+
+def pretrain(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    return launch(command(*arguments, ranks=ranks))

@@ -1,15 +1,13 @@
 """Fine-tuning by its launchers, of small exports."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import tiny
 import written
 import yaml
-from patience import PATIENCE_S
+from ranks import free_port
 
 from m3i_large.export import export
 from m3i_large.metrics import read_rows
@@ -38,16 +36,8 @@ def command(kind: str, *options: object, ranks: int = 1) -> list[str]:
     script = [str(ROOT / f"launchers/finetune_{kind}.py"), *map(str, options)]
     if ranks == 1:
         return [sys.executable, *script]
-    from ranks import free_port
-
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
     return [*launcher, "--master_port", str(free_port()), *script]
-
-
-def launch(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments, env=tiny.environment(), capture_output=True, text=True, timeout=PATIENCE_S, cwd=ROOT, check=False
-    )
 
 
 def logged(run: Path) -> list[float]:

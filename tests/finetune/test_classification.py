@@ -16,6 +16,7 @@ import torch
 import written
 from PIL import Image
 from timm.data import auto_augment
+from tiny import launch
 
 from m3i_large.cli_launch import finetune_classification, finetune_detection
 from m3i_large.errors import UserError
@@ -209,13 +210,13 @@ def test_it_learns_colours_continues_and_runs_on_two_ranks(tmp_path: Path, parts
     recipe = runs.write_recipe(tmp_path / "recipe.yaml", task, global_batch=6)
     options = ["--data", tmp_path / "data", "--recipe", recipe, "--weights", weights]
     if parts is written.VIT:
-        done = runs.launch(runs.command("classification", *options, "--out", tmp_path / "none"))
+        done = launch(runs.command("classification", *options, "--out", tmp_path / "none"))
         assert done.returncode == 2 and "got 64 for a ViT of 32 pixels" in done.stderr
         options.append("backbone.arch.image_size=64")
     run = tmp_path / "first"
 
     def first() -> Any:
-        return runs.launch(runs.command("classification", *options, "--out", run))
+        return launch(runs.command("classification", *options, "--out", run))
 
     done = first()
     assert done.returncode == 0, done.stderr
@@ -228,7 +229,7 @@ def test_it_learns_colours_continues_and_runs_on_two_ranks(tmp_path: Path, parts
         plain = "{size: 64, mixup: 0, cutmix: 0, rand_augment: null, erase: 0}"
         more = ["train.steps=40", "train.checkpoint_every=40", f"task.augment={plain}", "task.head.std=0.02"]
         more += ["train.ema=0", "optim.lr.peak=3e-3", "--ds", runs.ROOT / "ds_configs/zero3.json"]
-        done = runs.launch(runs.command("classification", *options, *more, "--out", tmp_path / "two", ranks=2))
+        done = launch(runs.command("classification", *options, *more, "--out", tmp_path / "two", ranks=2))
         assert done.returncode == 0, done.stderr
         assert read_rows(tmp_path / "two/eval.jsonl")[-1]["values"]["top1"] == 1.0
 
@@ -241,7 +242,7 @@ def test_shards_through_the_launcher(tmp_path: Path) -> None:
     task = {"kind": "classification", "augment": {"size": 32}, "data": where}
     recipe = runs.write_recipe(tmp_path / "recipe.yaml", task, steps=2)
     options = ["--data", tmp_path / "data", "--recipe", recipe, "--weights", weights, "--out", tmp_path / "run"]
-    done = runs.launch(runs.command("classification", *options))
+    done = launch(runs.command("classification", *options))
     assert done.returncode == 0, done.stderr
     assert read_rows(tmp_path / "run/eval.jsonl")[0]["num_samples"] == 9
     assert json.loads((tmp_path / "run/exit.json").read_text())["outcome"] == "finished"

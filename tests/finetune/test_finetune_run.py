@@ -67,7 +67,7 @@ def command(given: Path, out: Path, *more: object, ranks: int = 1, weights: bool
 
 
 def finetune(given: Path, out: Path, *more: object, **how: Any) -> subprocess.CompletedProcess[str]:
-    return runs.launch(command(given, out, *more, **how))
+    return tiny.launch(command(given, out, *more, **how))
 
 
 @pytest.fixture(scope="module")

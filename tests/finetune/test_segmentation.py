@@ -11,6 +11,7 @@ import runs
 import torch
 import torch.nn.functional as F
 import written
+from tiny import launch
 from torch import nn
 
 from m3i_large.errors import UserError
@@ -231,7 +232,7 @@ def test_it_learns_colours_continues_and_runs_on_two_ranks(tmp_path: Path) -> No
     run = tmp_path / "first"
 
     def first() -> Any:
-        return runs.launch(runs.command("segmentation", *options, "--out", run))
+        return launch(runs.command("segmentation", *options, "--out", run))
 
     done = first()
     assert done.returncode == 0, done.stderr
@@ -241,6 +242,6 @@ def test_it_learns_colours_continues_and_runs_on_two_ranks(tmp_path: Path) -> No
     runs.assert_continues(run, first)
     more = ["train.steps=30", "train.checkpoint_every=30", "train.ema=0", "optim.lr.peak=3e-3"]
     more += ["task.augment.colour=0", "task.head.windows=true", "--ds", runs.ROOT / "ds_configs/zero3.json"]
-    done = runs.launch(runs.command("segmentation", *options, *more, "--out", tmp_path / "two", ranks=2))
+    done = launch(runs.command("segmentation", *options, *more, "--out", tmp_path / "two", ranks=2))
     assert done.returncode == 0, done.stderr
     assert read_rows(tmp_path / "two/eval.jsonl")[-1]["values"]["mIoU"] > 0.6
