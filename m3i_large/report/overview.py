@@ -231,9 +231,10 @@ def events(runs: Sequence[RunData]) -> str:
 
 def told_of(event: dict[str, Any]) -> str:
     """What an event says beside its kind and step, in a line."""
-    first = next((str(event[k]) for k in ("what", "why", "signal", "outcome", "reason", "message") if event.get(k)), "")
     if event["event"] in BEGUN:
-        return f"{event.get('world', '?')} ranks"
+        world = event.get("world", "?")
+        return f"{world} rank{'s' * (world != 1)}"
+    first = next((str(event[k]) for k in ("what", "why", "signal", "outcome", "reason", "message") if event.get(k)), "")
     more = {k: v for k, v in event.items() if k in ("term", "rank", "host", "ratio", "loss", "checkpoint", "message")}
     said = ", ".join(
         f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in more.items() if str(v) != first and v != ""
