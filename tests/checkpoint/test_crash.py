@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from patience import PATIENCE_S
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
+from patience import PATIENCE_S
 from states import at, memory_state, tensors
 
 from m3i_large.checkpoint import CheckpointWriter, newest_intact

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
 import shards
 import torch
+import tuned
 import written
 from PIL import Image
 from timm.data import auto_augment
@@ -205,31 +205,31 @@ def test_scores_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("parts", [written.VIT, written.LARGE], ids=["vit", "internimage"])
 def test_it_learns_colours_continues_and_runs_on_two_ranks(tmp_path: Path, parts: dict[str, Any]) -> None:
     write_folders(tmp_path / "data")
-    weights = runs.write_weights(tmp_path, parts)
+    weights = tuned.write_weights(tmp_path, parts)
     task = {"kind": "classification", "augment": {"size": 64, "mixup": 0.8, "cutmix": 1.0}}
-    recipe = runs.write_recipe(tmp_path / "recipe.yaml", task, global_batch=6)
+    recipe = tuned.write_recipe(tmp_path / "recipe.yaml", task, global_batch=6)
     options = ["--data", tmp_path / "data", "--recipe", recipe, "--weights", weights]
     if parts is written.VIT:
-        done = launch(runs.command("classification", *options, "--out", tmp_path / "none"))
+        done = launch(tuned.command("classification", *options, "--out", tmp_path / "none"))
         assert done.returncode == 2 and "got 64 for a ViT of 32 pixels" in done.stderr
         options.append("backbone.arch.image_size=64")
     run = tmp_path / "first"
 
     def first() -> Any:
-        return launch(runs.command("classification", *options, "--out", run))
+        return launch(tuned.command("classification", *options, "--out", run))
 
     done = first()
     assert done.returncode == 0, done.stderr
-    assert runs.logged(run)[0] == pytest.approx(math.log(3), abs=0.02)  # nothing known of three classes
+    assert tuned.logged(run)[0] == pytest.approx(math.log(3), abs=0.02)  # nothing known of three classes
     (scored,) = read_rows(run / "eval.jsonl")
     assert scored["kind"] == "classification" and scored["num_samples"] == 9 and scored["values"]["top5"] == 1.0
     assert (run / "results/step_00000006/predictions.csv").is_file()
-    runs.assert_continues(run, first)
+    tuned.assert_continues(run, first)
     if parts is written.VIT:
         plain = "{size: 64, mixup: 0, cutmix: 0, rand_augment: null, erase: 0}"
         more = ["train.steps=40", "train.checkpoint_every=40", f"task.augment={plain}", "task.head.std=0.02"]
-        more += ["train.ema=0", "optim.lr.peak=3e-3", "--ds", runs.ROOT / "ds_configs/zero3.json"]
-        done = launch(runs.command("classification", *options, *more, "--out", tmp_path / "two", ranks=2))
+        more += ["train.ema=0", "optim.lr.peak=3e-3", "--ds", tuned.ROOT / "ds_configs/zero3.json"]
+        done = launch(tuned.command("classification", *options, *more, "--out", tmp_path / "two", ranks=2))
         assert done.returncode == 0, done.stderr
         assert read_rows(tmp_path / "two/eval.jsonl")[-1]["values"]["top1"] == 1.0
 
@@ -237,12 +237,12 @@ def test_it_learns_colours_continues_and_runs_on_two_ranks(tmp_path: Path, parts
 @pytest.mark.slow
 def test_shards_through_the_launcher(tmp_path: Path) -> None:
     write_shards(tmp_path / "data")
-    weights = runs.write_weights(tmp_path, written.VIT)
+    weights = tuned.write_weights(tmp_path, written.VIT)
     where = {"train": "train-*.tar", "evaluated": "val-*.tar", "num_classes": 3}
     task = {"kind": "classification", "augment": {"size": 32}, "data": where}
-    recipe = runs.write_recipe(tmp_path / "recipe.yaml", task, steps=2)
+    recipe = tuned.write_recipe(tmp_path / "recipe.yaml", task, steps=2)
     options = ["--data", tmp_path / "data", "--recipe", recipe, "--weights", weights, "--out", tmp_path / "run"]
-    done = launch(runs.command("classification", *options))
+    done = launch(tuned.command("classification", *options))
     assert done.returncode == 0, done.stderr
     assert read_rows(tmp_path / "run/eval.jsonl")[0]["num_samples"] == 9
     assert json.loads((tmp_path / "run/exit.json").read_text())["outcome"] == "finished"

@@ -11,9 +11,9 @@ from typing import Any
 
 import coco_files
 import pytest
-import runs
 import tiny
 import torch
+import tuned
 import written
 import yaml
 from patience import PATIENCE_S
@@ -53,17 +53,17 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set, an export, a recipe."""
     root = tmp_path_factory.mktemp("given")
     coco_files.write_set(root / "data")
-    runs.write_weights(root, written.VIT)
+    tuned.write_weights(root, written.VIT)
     head = coco_files.HEAD | {"masks": True, "mask_convs": 1}
     task = {"data": coco_files.DATA, "augment": {"size": 64, "scale": [0.7, 1.3]}, "head": head}
-    runs.write_recipe(root / "recipe.yaml", task)
+    tuned.write_recipe(root / "recipe.yaml", task)
     return root
 
 
 def command(given: Path, out: Path, *more: object, ranks: int = 1, weights: bool = True) -> list[str]:
     options = ["--data", given / "data", "--recipe", given / "recipe.yaml", "--out", out]
     options += ["--weights", given / "weights.safetensors"] if weights else []
-    return runs.command("detection", *options, *more, ranks=ranks)
+    return tuned.command("detection", *options, *more, ranks=ranks)
 
 
 def finetune(given: Path, out: Path, *more: object, **how: Any) -> subprocess.CompletedProcess[str]:
@@ -332,7 +332,7 @@ def test_lvis_trains_continues_and_is_scored_by_its_rules(given: Path, tmp_path:
     rows = json.loads((tmp_path / "run/results/step_00000006/results_segm.json").read_text())
     assert {row["category_id"] for row in rows} <= set(coco_files.FREQUENCIES)
     assert max(Counter(row["image_id"] for row in rows).values()) <= 10
-    runs.assert_continues(tmp_path / "run", lambda: finetune(tmp_path, tmp_path / "run"))
+    tuned.assert_continues(tmp_path / "run", lambda: finetune(tmp_path, tmp_path / "run"))
 
 
 @pytest.mark.slow
@@ -345,7 +345,7 @@ def test_a_detector_of_transformers_trains_continues_and_is_sharded(given: Path,
     assert {"loss/vfl", "loss/bbox", "loss/giou"} <= read_metrics(tmp_path / "run")[0].keys()
     (scored,) = read_rows(tmp_path / "run/eval.jsonl")
     assert "box/AP" in scored["values"] and "mask/AP" not in scored["values"]
-    runs.assert_continues(tmp_path / "run", lambda: finetune(given, tmp_path / "run", *more))
+    tuned.assert_continues(tmp_path / "run", lambda: finetune(given, tmp_path / "run", *more))
     if kind == "rt_detr_v2":
         more += ["train.precision=bf16", "--ds", str(ROOT / "ds_configs/zero3.json")]
         done = finetune(given, tmp_path / "two", *more, ranks=2)

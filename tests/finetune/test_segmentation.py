@@ -7,9 +7,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import runs
 import torch
 import torch.nn.functional as F
+import tuned
 import written
 from tiny import launch
 from torch import nn
@@ -225,23 +225,23 @@ def test_labels_that_count_from_zero(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_it_learns_colours_continues_and_runs_on_two_ranks(tmp_path: Path) -> None:
     write_set(tmp_path / "data")
-    weights = runs.write_weights(tmp_path, written.VIT)
+    weights = tuned.write_weights(tmp_path, written.VIT)
     task = {"kind": "segmentation", "data": {"num_classes": 3}, "augment": {"size": 64}, "head": HEAD}
-    recipe = runs.write_recipe(tmp_path / "recipe.yaml", task)
+    recipe = tuned.write_recipe(tmp_path / "recipe.yaml", task)
     options = ["--data", tmp_path / "data", "--recipe", recipe, "--weights", weights]
     run = tmp_path / "first"
 
     def first() -> Any:
-        return launch(runs.command("segmentation", *options, "--out", run))
+        return launch(tuned.command("segmentation", *options, "--out", run))
 
     done = first()
     assert done.returncode == 0, done.stderr
     (scored,) = read_rows(run / "eval.jsonl")
     assert scored["values"].keys() == {"mIoU", "accuracy", "mean_accuracy"} and scored["num_samples"] == 3
     assert len(list((run / "results/step_00000006").glob("*.png"))) == 3
-    runs.assert_continues(run, first)
+    tuned.assert_continues(run, first)
     more = ["train.steps=30", "train.checkpoint_every=30", "train.ema=0", "optim.lr.peak=3e-3"]
-    more += ["task.augment.colour=0", "task.head.windows=true", "--ds", runs.ROOT / "ds_configs/zero3.json"]
-    done = launch(runs.command("segmentation", *options, *more, "--out", tmp_path / "two", ranks=2))
+    more += ["task.augment.colour=0", "task.head.windows=true", "--ds", tuned.ROOT / "ds_configs/zero3.json"]
+    done = launch(tuned.command("segmentation", *options, *more, "--out", tmp_path / "two", ranks=2))
     assert done.returncode == 0, done.stderr
     assert read_rows(tmp_path / "two/eval.jsonl")[-1]["values"]["mIoU"] > 0.6
