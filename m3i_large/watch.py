@@ -93,8 +93,7 @@ def _head(run: Path, history: History, events: list[dict[str, Any]], now: float)
     ago = max(0.0, now - last)
     silent = "no step for" if ago > SILENT_S else "last step"
     state = outcome or f"{silent} {timedelta(seconds=round(ago))}{'' if ago > SILENT_S else ' ago'}"
-    attempt, world = max(history.ends), begun.get("world")
-    where = f"attempt {attempt}" + (f", {world} rank{'s' * (world != 1)}" if world else "")
+    where = f"attempt {max(history.ends)}" + (f", {told_of(begun)}" if "world" in begun else "")
     counted = f"step {done:,}{f' of {total:,} ({done / total:.0%})' if total else ''}{left}"
     style = {"finished": "green", "failed": "red"}.get(str(outcome), "red" if ago > SILENT_S and not outcome else "")
     lines: list[RenderableType] = [Text(str(run), style="bold", overflow="ellipsis", no_wrap=True)]
